@@ -1,0 +1,1 @@
+"""Readers of foreign model formats, and the writer of ours."""

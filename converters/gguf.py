@@ -1,0 +1,163 @@
+"""Reads GGUF files of the architectures llama, qwen2 and qwen3, through the gguf library.
+
+Names, shapes and RoPE layout become Hugging Face's; quantized tensors are dequantized row by row when asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader  # the library: this module is numbainfer.converters.gguf
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from numbainfer.converters.gguf_config import ARCHITECTURES, generation_config, model_config
+from numbainfer.converters.gguf_header import check_header
+from numbainfer.converters.source import Array, Source, SourceTensor, half_split_rows
+from numbainfer.converters.vocabulary import gguf_tokenizer_files
+from numbainfer.errors import NumbaInferError
+from numbainfer.safetensors_file import shown
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_PLAIN = {
+    GGMLQuantizationType.F32: ("float32", "<f4"),
+    GGMLQuantizationType.F16: ("float16", "<f2"),
+    GGMLQuantizationType.BF16: ("bfloat16", "<u2"),
+}
+_INTEGERS = ("I8", "I16", "I32", "I64", "F64")  # sizes that the format knows, but no weights
+
+
+class _Reader(GGUFReader):
+    """GGUFReader over a plain array: slicing the np.memmap that it keeps takes three times as long."""
+
+    @property
+    def data(self) -> Array:
+        return self._mapped
+
+    @data.setter
+    def data(self, mapped: Array) -> None:
+        self._mapped: Array = mapped.view(np.ndarray)
+
+
+def open_gguf(path: Path) -> Source:
+    """Open a GGUF file. Whatever is wrong with it raises NumbaInferError."""
+    check_header(path)
+    try:
+        reader = _Reader(path)
+        metadata: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
+    except Exception as error:
+        # The library reports what it dislikes by exceptions of any kind; to the user they are all one.
+        raise NumbaInferError(f"{path} is corrupt: the gguf library says {shown(error)}") from error
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+
+    architecture = metadata.get("general.architecture")
+    if metadata.get("split.count", 0) not in (0, 1):
+        raise NumbaInferError(
+            f"{path} is one part of a split GGUF; merge the parts first (llama-gguf-split --merge)"
+        )
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise NumbaInferError(
+            f"{path}: architecture {shown(architecture)} is not supported ({', '.join(ARCHITECTURES)} are)"
+        )
+    if "token_embd.weight" not in stored:
+        raise NumbaInferError(f"{path}: tensor token_embd.weight is missing")
+    factors = stored.pop("rope_freqs.weight", None)
+    try:
+        config = model_config(
+            metadata,
+            architecture,
+            vocab_size=int(stored["token_embd.weight"].shape[-1]),
+            tensor_names=stored.keys(),
+            rope_factors=None if factors is None else factors.data,
+        )
+        generation = generation_config(metadata)
+        tokenizer = gguf_tokenizer_files(metadata) if "tokenizer.ggml.model" in metadata else {}
+    except NumbaInferError as error:
+        raise NumbaInferError(f"{path}: {error}") from error
+
+    # convert_hf_to_gguf interleaves q and k of this architecture alone, and their biases.
+    interleaved = ("self_attn.q_proj", "self_attn.k_proj") if architecture == "llama" else ()
+    tensors: dict[str, SourceTensor] = {}
+    for name, tensor in stored.items():
+        hf_name = huggingface_name(name)
+        if hf_name is None:
+            raise NumbaInferError(f"{path}: tensor {shown(name)} is none of a {architecture} model's")
+        head_dim = config["head_dim"] if hf_name.rsplit(".", 1)[0].endswith(interleaved) else None
+        tensors[hf_name] = _tensor(path, hf_name, tensor, head_dim)
+    return Source(path, "gguf", config, generation, tokenizer, tensors)
+
+
+def huggingface_name(name: str) -> str | None:
+    """The Hugging Face name of a GGUF tensor, None if there is none: blk.0.attn_q.weight and its like."""
+    match = re.fullmatch(r"(?:blk\.(0|[1-9]\d{0,4})\.)?(\w+)\.(weight|bias)", name, re.ASCII)
+    if match is None:
+        return None
+    block, part, kind = match.groups()
+    if block is None:
+        return f"{_NAMES[part]}.{kind}" if part in _NAMES else None
+    return f"model.layers.{block}.{_BLOCK_NAMES[part]}.{kind}" if part in _BLOCK_NAMES else None
+
+
+def _tensor(path: Path, name: str, tensor: Any, head_dim: int | None) -> SourceTensor:
+    """tensor: the library's ReaderTensor. head_dim: of q and k whose rows are interleaved, else None."""
+    kind = GGMLQuantizationType(tensor.tensor_type)
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    if head_dim is not None and shape[0] % head_dim:
+        raise NumbaInferError(f"{path}: tensor {tensor.name} has {shape[0]} rows, not heads of {head_dim}")
+    data: Array = tensor.data
+    if kind in _PLAIN:
+        dtype, stored = _PLAIN[kind]
+        # A GGUF with an alignment of its own may put numbers where they can't be read from in place.
+        data = np.require(data.view(stored), requirements="A")
+        return SourceTensor(name, shape, dtype, _rows(data, head_dim))
+    # A block of a quantized vector would be many of its rows; nobody writes one.
+    if len(shape) == 1 or not _can_dequantize(kind):
+        raise NumbaInferError(
+            f"{path}: tensor {tensor.name} of shape {shape} is {kind.name}, which can't be dequantized"
+        )
+    stored_rows = _rows(data, head_dim)
+
+    def read(start: int, stop: int) -> Array:
+        if start == stop:
+            return np.empty((0, *shape[1:]), np.float32)
+        with np.errstate(all="ignore"):  # a NaN or infinity in a scale is the caller's to find
+            return np.asarray(dequantize(stored_rows(start, stop), kind), np.float32)
+
+    return SourceTensor(name, shape, "float32", read)
+
+
+def _rows(data: Array, head_dim: int | None) -> Callable[[int, int], Array]:
+    if head_dim is None:
+        return lambda start, stop: data[start:stop]
+    return lambda start, stop: data[half_split_rows(start, stop, head_dim)]
+
+
+def _can_dequantize(kind: GGMLQuantizationType) -> bool:
+    if kind.name in _INTEGERS:
+        return False
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True

@@ -1,0 +1,76 @@
+"""Finds and reads a tokenizer's files: in a checkpoint, beside a .bin, or where the user says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from numbainfer.converters.vocabulary import llama2c_tokenizer_files
+from numbainfer.errors import NumbaInferError
+
+# Everything that the ecosystem writes about a tokenizer; a converted model keeps them as they were.
+NAMES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def from_directory(directory: Path) -> dict[str, bytes]:
+    """The tokenizer's files of a Hugging Face directory; empty if they hold no vocabulary."""
+    files = {name: _read(directory / name) for name in NAMES if (directory / name).is_file()}
+    has_vocabulary = files.keys() & {"tokenizer.json", "tokenizer.model"} or files.keys() >= {
+        "vocab.json",
+        "merges.txt",
+    }
+    return files if has_vocabulary else {}
+
+
+def read(path: Path, vocab_size: object) -> dict[str, bytes]:
+    """The tokenizer at `path`: a directory, a tokenizer.json, a sentencepiece .model or a tokenizer.bin.
+
+    vocab_size: the model's, as its config has it; a tokenizer.bin does not say its own. Raises
+    NumbaInferError if there is no tokenizer.
+    """
+    if path.is_dir():
+        files = from_directory(path) or beside(path / "model", vocab_size)
+        if not files:
+            raise NumbaInferError(f"{path} has none of tokenizer.json, tokenizer.model, tokenizer.bin")
+        return files
+    data = _read(path)
+    if data.lstrip()[:1] == b"{":
+        return {"tokenizer.json": data}
+    # A sentencepiece model begins with its first piece, as protobuf has it: tag 0x0a, then a length, never
+    # 0. A tokenizer.bin begins with an int32 that is small, so that its second byte is 0.
+    if data[:1] == b"\n" and data[1:2] != b"\0":
+        return {"tokenizer.model": data}
+    if not isinstance(vocab_size, int):
+        raise NumbaInferError(f"{path}: the model's config has no vocab_size, which a tokenizer.bin needs")
+    try:
+        return llama2c_tokenizer_files(data, vocab_size)
+    except NumbaInferError as error:
+        raise NumbaInferError(f"{path}: {error}") from error
+
+
+def beside(model: Path, vocab_size: object) -> dict[str, bytes]:
+    """The tokenizer that lies beside the file `model`; empty if none does.
+
+    llama2.c's trainer names its tokenizers by vocabulary size, so that name comes first.
+    """
+    for name in (f"tok{vocab_size}.bin", "tokenizer.bin", "tokenizer.model", "tokenizer.json"):
+        path = model.with_name(name)
+        if path.is_file():
+            return read(path, vocab_size)
+    return {}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise NumbaInferError(f"cannot read {path}: {error.strerror or error}") from error

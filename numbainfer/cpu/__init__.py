@@ -1,0 +1,49 @@
+"""The operators on the CPU, compiled by Numba. See registry.py for what each one does."""
+
+from __future__ import annotations
+
+from numbainfer.cpu.attention import attention
+from numbainfer.cpu.bandwidth import BandwidthProbe
+from numbainfer.cpu.elementwise import add, embedding, rmsnorm, softmax, swiglu
+from numbainfer.cpu.launch import Stream
+from numbainfer.cpu.linear_float import linear
+from numbainfer.cpu.quantize import quantize, quantize_matrix
+from numbainfer.cpu.rope import rope, rope_and_store
+from numbainfer.cpu.select import argmax, top_k
+from numbainfer.device import Device, physical_cores
+from numbainfer.errors import NumbaInferError
+from numbainfer.memory import Allocator, HostAllocator
+
+__all__ = [
+    "BandwidthProbe",
+    "add",
+    "argmax",
+    "attention",
+    "embedding",
+    "linear",
+    "open_allocator",
+    "open_stream",
+    "quantize",
+    "quantize_matrix",
+    "rmsnorm",
+    "rope",
+    "rope_and_store",
+    "softmax",
+    "swiglu",
+    "top_k",
+]
+
+
+def open_stream(device: Device, threads: int | None) -> Stream:
+    """A stream over that many threads; None: one per physical core."""
+    import numba
+
+    limit = numba.config.NUMBA_NUM_THREADS
+    if threads is not None and not 1 <= threads <= limit:
+        raise NumbaInferError(f"--threads {threads}: this machine offers 1 to {limit}")
+    return Stream(threads or min(physical_cores(), limit))
+
+
+def open_allocator(device: Device) -> Allocator:
+    """Main memory."""
+    return HostAllocator()

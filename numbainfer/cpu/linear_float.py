@@ -1,0 +1,85 @@
+"""out = x @ W.T with weights in float32, float16 or bfloat16 and float32 arithmetic.
+
+A task is a block of rows of W; each row meets up to four tokens at a time, so it is read from memory once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy import float32
+
+from numbainfer.cpu.compile import kernel
+from numbainfer.cpu.launch import Stream
+from numbainfer.cpu.linear_int8 import linear_int8, rows_per_task
+from numbainfer.cpu.simd import advance, fma, get, hsum, load, splat
+from numbainfer.quantization import Matrix, QuantizedMatrix, QuantizedRows
+
+
+@kernel
+def _linear(task, worker, w, x, bias, residual, flags, y, rows, width, per_task, tokens):  # type: ignore[no-untyped-def]
+    whole = width // 16 * 16  # columns in full vectors
+    for first in range(0, tokens, 4):
+        last = tokens - 1  # a token past the end repeats the last, and its result is dropped
+        x0 = advance(x, first * width)
+        x1 = advance(x, min(first + 1, last) * width)
+        x2 = advance(x, min(first + 2, last) * width)
+        x3 = advance(x, min(first + 3, last) * width)
+        for row in range(task * per_task, min(rows, (task + 1) * per_task)):
+            w_row = advance(w, row * width)
+            a0 = a1 = a2 = a3 = splat(float32(0))
+            if tokens == 1:
+                # two chains of additions, or the adder's latency would be the limit
+                for i in range(0, whole - 16, 32):
+                    a0 = fma(load(w_row, i), load(x0, i), a0)
+                    a1 = fma(load(w_row, i + 16), load(x0, i + 16), a1)
+                if whole % 32:
+                    a0 = fma(load(w_row, whole - 16), load(x0, whole - 16), a0)
+                a0 = a0 + a1
+            else:
+                for i in range(0, whole, 16):
+                    v = load(w_row, i)
+                    a0 = fma(v, load(x0, i), a0)
+                    a1 = fma(v, load(x1, i), a1)
+                    a2 = fma(v, load(x2, i), a2)
+                    a3 = fma(v, load(x3, i), a3)
+            v0, v1, v2, v3 = hsum(a0), hsum(a1), hsum(a2), hsum(a3)
+            for i in range(whole, width):
+                weight = get(w_row, i)
+                v0 += weight * x0[i]
+                v1 += weight * x1[i]
+                v2 += weight * x2[i]
+                v3 += weight * x3[i]
+            values = (v0, v1, v2, v3)
+            for j in range(min(4, tokens - first)):
+                at = (first + j) * rows + row
+                value = values[j]
+                if flags & 1:
+                    value += bias[row]
+                if flags & 2:
+                    value += residual[at]
+                y[at] = value
+
+
+def linear(
+    stream: Stream,
+    x: np.ndarray | QuantizedRows,
+    weight: Matrix | QuantizedMatrix,
+    bias: np.ndarray | None,
+    residual: np.ndarray | None,
+    out: np.ndarray,
+) -> None:
+    """See registry.linear."""
+    if isinstance(weight, QuantizedMatrix):
+        if not isinstance(x, QuantizedRows):
+            raise ValueError("linear: an int8 matrix takes QuantizedRows")
+        return linear_int8(stream, x, weight, bias, residual, out)
+    if isinstance(x, QuantizedRows):
+        raise ValueError("linear: a floating-point matrix takes a float32 array")
+    (rows, width), tokens = weight.shape, x.shape[0]
+    if x.shape[1] != width or out.shape != (tokens, rows):
+        raise ValueError(f"linear: x {x.shape}, weight {weight.shape}, out {out.shape} do not fit")
+    flags = (bias is not None) + 2 * (residual is not None)
+    per_task = rows_per_task(rows, width * weight.data.itemsize, stream.threads)
+    tasks = -(-rows // per_task)
+    stream.launch(_linear, tasks, weight.data, x, bias, residual, flags, out, rows, width, per_task, tokens)
+    return None

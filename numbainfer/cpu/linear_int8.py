@@ -1,0 +1,218 @@
+"""out = x @ W.T with int8 weights and int8 activations, on the machine's int8 dot product.
+
+Two forms, by the number of tokens:
+- rows as stored, up to ROW_FORM_TOKENS tokens. A row of W streams through once; each 64-byte block meets the same
+  block of one or four tokens. One row at a time with a prefetch 2 KiB ahead follows the memory at its read bandwidth.
+- packed panels, beyond. 32 rows are packed as [in / 4][32][4] bytes, so that one vector holds 4 columns of 16 rows,
+  and meet TILE_TOKENS tokens in registers (tile.py). Packing as we go costs about 3% at 500 tokens, and spares a
+  second copy of W.
+
+Where the dot product wants unsigned bytes, weights count as w + OFFSET; the surplus, OFFSET * sum(x), is known per
+group from the activations' sums.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy import float32, int32
+
+from numbainfer.cpu.compile import Kernel, kernel
+from numbainfer.cpu.isa import detect
+from numbainfer.cpu.launch import Stream
+from numbainfer.cpu.quantize import check_rows
+from numbainfer.cpu.simd import (
+    advance,
+    as_bytes,
+    dot4,
+    fma,
+    get,
+    hsum,
+    load_i8,
+    load_i8_half,
+    load_word,
+    prefetch,
+    splat,
+    splat2,
+    splat_i32,
+    store_word,
+    to_f32,
+)
+from numbainfer.cpu.tile import TILE_ROWS, TILE_TOKENS, tile_add_scaled, tile_dot, tile_spill, tile_start, tile_zero
+from numbainfer.quantization import GROUPS, QuantizedMatrix, QuantizedRows
+
+OFFSET = detect().weight_offset
+OFFSET_BYTES = -2139062144 if OFFSET else 0  # 0x80808080: xor adds 128 to each of four bytes
+AHEAD = 2048  # bytes of prefetch distance
+ROW_FORM_TOKENS = 8
+
+
+@njit
+def _block(w, x, i, width):  # type: ignore[no-untyped-def]
+    """float32 sums of products of columns i to i + 63; the last block of a row may have 32 columns."""
+    weights = load_i8(w, i) if width - i >= 64 else load_i8_half(w, i)
+    return to_f32(dot4(splat_i32(int32(0)), weights, load_i8(x, i)))
+
+
+def _make_row_kernels(group: int) -> tuple[Kernel, Kernel]:
+    """The row form for one token, and for four at a time."""
+
+    @njit
+    def factor(ws, xs, i, width):  # type: ignore[no-untyped-def]
+        """Weight scale times activation scale, for the lanes of the 64-byte block at column i."""
+        g = i // group
+        first = get(ws, g) * xs[g]
+        if group == 32:  # a block is two groups, or one at the end of a row
+            return splat2(first, get(ws, g + 1) * xs[g + 1] if i + 32 < width else float32(0))
+        return splat(first)
+
+    @njit
+    def surplus(ws, xs, sums, groups):  # type: ignore[no-untyped-def]
+        """What counting weights as w + OFFSET added to a row's sum."""
+        total = float32(0)
+        if OFFSET:
+            for g in range(groups):
+                total += get(ws, g) * xs[g] * float32(sums[g])
+        return total * float32(OFFSET)
+
+    @kernel
+    def gemv(task, worker, w, ws, x, xs, sums, bias, residual, flags, y, rows, width, per_task):  # type: ignore[no-untyped-def]
+        groups = width // group
+        for row in range(task * per_task, min(rows, (task + 1) * per_task)):
+            w_row, ws_row = advance(w, row * width), advance(ws, row * groups)
+            acc = splat(float32(0))
+            for i in range(0, width, 64):
+                prefetch(w_row, i + AHEAD)
+                acc = fma(_block(w_row, x, i, width), factor(ws_row, xs, i, width), acc)
+            value = hsum(acc) - surplus(ws_row, xs, sums, groups)
+            if flags & 1:
+                value += bias[row]
+            if flags & 2:
+                value += residual[row]
+            y[row] = value
+
+    @kernel
+    def gemv4(task, worker, w, ws, x, xs, sums, bias, residual, flags, y, rows, width, per_task, tokens, stride):  # type: ignore[no-untyped-def]
+        groups = width // group
+        for first in range(0, tokens, 4):  # rows of x are padded to 8, so four may always be read
+            x0 = advance(x, first * stride)
+            x1, x2, x3 = advance(x0, stride), advance(x0, 2 * stride), advance(x0, 3 * stride)
+            s0 = advance(xs, first * groups)
+            s1, s2, s3 = advance(s0, groups), advance(s0, 2 * groups), advance(s0, 3 * groups)
+            n0 = advance(sums, first * groups)
+            n1, n2, n3 = advance(n0, groups), advance(n0, 2 * groups), advance(n0, 3 * groups)
+            for row in range(task * per_task, min(rows, (task + 1) * per_task)):
+                w_row, ws_row = advance(w, row * width), advance(ws, row * groups)
+                a0 = a1 = a2 = a3 = splat(float32(0))
+                for i in range(0, width, 64):
+                    prefetch(w_row, i + AHEAD)
+                    a0 = fma(_block(w_row, x0, i, width), factor(ws_row, s0, i, width), a0)
+                    a1 = fma(_block(w_row, x1, i, width), factor(ws_row, s1, i, width), a1)
+                    a2 = fma(_block(w_row, x2, i, width), factor(ws_row, s2, i, width), a2)
+                    a3 = fma(_block(w_row, x3, i, width), factor(ws_row, s3, i, width), a3)
+                values = (
+                    hsum(a0) - surplus(ws_row, s0, n0, groups),
+                    hsum(a1) - surplus(ws_row, s1, n1, groups),
+                    hsum(a2) - surplus(ws_row, s2, n2, groups),
+                    hsum(a3) - surplus(ws_row, s3, n3, groups),
+                )
+                for j in range(min(4, tokens - first)):
+                    at = (first + j) * rows + row
+                    value = values[j]
+                    if flags & 1:
+                        value += bias[row]
+                    if flags & 2:
+                        value += residual[at]
+                    y[at] = value
+
+    return gemv, gemv4
+
+
+@njit
+def _pack(w, ws, valid, width, groups, panel, scales):  # type: ignore[no-untyped-def]
+    """Rows of W as panel [width / 4][32][4] (with the offset added) and scales [groups][32]; absent rows as zeros."""
+    for r in range(TILE_ROWS):
+        if r < valid:
+            w_row = advance(w, r * width)
+            for k in range(width // 4):
+                store_word(panel, (k * TILE_ROWS + r) * 4, load_word(w_row, 4 * k) ^ int32(OFFSET_BYTES))
+            for g in range(groups):
+                scales[g * TILE_ROWS + r] = get(ws, r * groups + g)
+        else:
+            for k in range(width // 4):
+                store_word(panel, (k * TILE_ROWS + r) * 4, int32(0))
+            for g in range(groups):
+                scales[g * TILE_ROWS + r] = float32(0)
+
+
+def _make_panel_kernel(group: int) -> Kernel:
+    @kernel
+    def gemm(task, worker, w, ws, x, xs, sums, bias, residual, flags, y, rows, width, tokens, stride, scratch, floats):  # type: ignore[no-untyped-def]
+        groups = width // group
+        first = task * TILE_ROWS
+        valid = min(TILE_ROWS, rows - first)
+        corner = advance(scratch, worker * floats)  # this worker's: a finished tile, then scales, then the panel
+        scales = advance(corner, TILE_TOKENS * TILE_ROWS)
+        panel = as_bytes(advance(scales, groups * TILE_ROWS))
+        _pack(advance(w, first * width), advance(ws, first * groups), valid, width, groups, panel, scales)
+        for token in range(0, tokens, TILE_TOKENS):  # rows of x are padded to 8, so a whole tile may be read
+            x_tile, group_at = advance(x, token * stride), token * groups
+            acc = tile_zero()
+            for g in range(groups):
+                d = tile_start(advance(sums, group_at + g), groups)
+                for k in range(g * group, (g + 1) * group, 4):
+                    d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, k), stride)
+                acc = tile_add_scaled(acc, d, advance(scales, g * TILE_ROWS), advance(xs, group_at + g), groups)
+            tile_spill(acc, corner)
+            for j in range(min(TILE_TOKENS, tokens - token)):
+                at = (token + j) * rows + first
+                for r in range(valid):
+                    value = corner[j * TILE_ROWS + r]
+                    if flags & 1:
+                        value += bias[first + r]
+                    if flags & 2:
+                        value += residual[at + r]
+                    y[at + r] = value
+
+    return gemm
+
+
+_ROW_KERNELS = {group: _make_row_kernels(group) for group in GROUPS}
+_PANEL_KERNELS = {group: _make_panel_kernel(group) for group in GROUPS}
+
+
+def linear_int8(
+    stream: Stream,
+    x: QuantizedRows,
+    weight: QuantizedMatrix,
+    bias: np.ndarray | None,
+    residual: np.ndarray | None,
+    out: np.ndarray,
+) -> None:
+    """See registry.linear."""
+    (rows, width), tokens, group = weight.shape, x.tokens, weight.group
+    check_rows(x, tokens, width)
+    if x.group != group or out.shape != (tokens, rows):
+        raise ValueError(f"linear: x {x.shape} of group {x.group}, weight {weight.shape} of group {group}, {out.shape}")
+    flags = (bias is not None) + 2 * (residual is not None)
+    arrays = (weight.codes, weight.scales, x.codes, x.scales, x.sums, bias, residual, flags, out, rows, width)
+    stride = x.codes.shape[1]
+    if tokens > ROW_FORM_TOKENS:
+        floats = TILE_TOKENS * TILE_ROWS + (width // group) * TILE_ROWS + width * TILE_ROWS // 4
+        scratch = stream.scratch(floats)
+        tasks = -(-rows // TILE_ROWS)
+        stream.launch(_PANEL_KERNELS[group], tasks, *arrays, tokens, stride, scratch, scratch.shape[1])
+        return
+    per_task = rows_per_task(rows, width, stream.threads)
+    tasks = -(-rows // per_task)
+    gemv, gemv4 = _ROW_KERNELS[group]
+    if tokens == 1:
+        stream.launch(gemv, tasks, *arrays, per_task)
+    else:
+        stream.launch(gemv4, tasks, *arrays, per_task, tokens, stride)
+
+
+def rows_per_task(rows: int, row_bytes: int, threads: int) -> int:
+    """About 8 tasks a thread, so that none waits long for the last, of 8 to 64 KiB of weights each."""
+    wanted = rows * row_bytes // (8 * threads)
+    return max(1, min(max(wanted, 8192), 65536) // row_bytes)

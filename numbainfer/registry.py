@@ -1,0 +1,203 @@
+"""The operators: each declared once, with its contract, and bound to a device.
+
+An operator is declared here as an empty function: its docstring is the contract. `numbainfer/cpu/` and
+`numbainfer/gpu/` each define a function of that name with those parameters. `bind(device)` resolves all names once
+into a namespace, with the device's stream filled in: `ops.rmsnorm(x, weight, eps, out)`.
+
+Notation: T tokens of one step, which may belong to several sequences; D = hidden size; H query heads, K key/value
+heads, d = head size; P pages of 64 positions. Arrays are C-ordered. float32 unless said otherwise.
+Every operator writes `out` (or what its contract names) and returns nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from numbainfer.device import Device
+from numbainfer.errors import NumbaInferError
+from numbainfer.memory import MemoryPool
+
+CONTRACTS: dict[str, Callable] = {}
+
+
+def operator(function: Callable) -> Callable:
+    """Decorator: declares an operator."""
+    CONTRACTS[function.__name__] = function
+    return function
+
+
+@operator
+def embedding(stream: Any, tokens: Any, table: Any, out: Any) -> None:
+    """out[t] = table[tokens[t]].
+
+    tokens [T] int32; table Matrix or QuantizedMatrix [vocabulary, D]; out [T, D]. Exact (a product for int8).
+    Tokens outside the table give rows of zeros.
+    """
+
+
+@operator
+def rmsnorm(stream: Any, x: Any, weight: Any, eps: float, out: Any) -> None:
+    """out = x / sqrt(mean(x^2) + eps) * weight, row by row (Zhang & Sennrich 2019, eq. 4).
+
+    x [T, D]; weight [D]; out [T, D], or QuantizedRows [T, D]: then quantized as `quantize` does. `out` may be x.
+    """
+
+
+@operator
+def quantize(stream: Any, x: Any, out: Any) -> None:
+    """Symmetric int8 per group: s = max|x| / 127, q = round(x / s), ties to even; a group of zeros has s = 0.
+
+    x [T, D] to QuantizedRows [T, D]: activations, scales float32. Exact against the formula in float32.
+    """
+
+
+@operator
+def quantize_matrix(stream: Any, x: Any, out: Any, faults: Any) -> None:
+    """The codec of quantization.py, for weights.
+
+    x [rows, width] float32, float16 or bfloat16 (uint16) to QuantizedMatrix [rows, width].
+    faults [2] int32 is counted up: [0] groups with a NaN or an infinity, [1] groups with values that no float16
+    scale reaches (above 65504 * 127). Their codes and scales mean nothing.
+    """
+
+
+@operator
+def linear(stream: Any, x: Any, weight: Any, bias: Any, residual: Any, out: Any) -> None:
+    """out = x @ weight.T + bias + residual.
+
+    weight Matrix [N, D]: x [T, D] float32. weight QuantizedMatrix [N, D]: x QuantizedRows [T, D] of the same group;
+    products of a group are summed in int32 exactly, groups in float32. bias [N] or None; residual [T, N] or None,
+    may be `out`. out [T, N].
+    """
+
+
+@operator
+def rope(stream: Any, x: Any, heads: int, positions: Any, cos: Any, sin: Any) -> None:
+    """Rotary position embedding in place (Su et al. 2021, section 3.4), the two halves of a head paired as HF does.
+
+    x [T, heads * d]; positions [T] int32; cos, sin [positions, r / 2], r <= d the rotated part of a head:
+    x[i] = x[i] cos - x[i + r/2] sin, x[i + r/2] = x[i + r/2] cos + x[i] sin for i < r/2.
+    """
+
+
+@operator
+def rope_and_store(
+    stream: Any,
+    qkv: Any,
+    heads: int,
+    q_norm: Any,
+    k_norm: Any,
+    eps: float,
+    positions: Any,
+    sequences: Any,
+    cos: Any,
+    sin: Any,
+    k_pages: Any,
+    v_pages: Any,
+    page_table: Any,
+) -> None:
+    """What happens between the QKV product and attention, fused: per-head RMSNorm of q and k, RoPE, KV store.
+
+    qkv [T, (H + 2 K) * d]: q is rotated in place (k's and v's places keep what they had or the rotated k);
+    q_norm, k_norm [d] or None; cos None: no RoPE in this layer. positions, sequences [T] int32. k_pages, v_pages
+    [P, K, 64, d] float16 or float32; page_table [sequences, pages] int32: token t of sequence s at position p
+    goes to page_table[s, p // 64], slot p % 64.
+    """
+
+
+@operator
+def attention(
+    stream: Any,
+    qkv: Any,
+    heads: int,
+    scale: float,
+    positions: Any,
+    sequences: Any,
+    k_pages: Any,
+    v_pages: Any,
+    page_table: Any,
+    out: Any,
+) -> None:
+    """Causal attention over the KV cache: token t attends to positions 0 to positions[t] of its own sequence.
+
+    out[t, h] = softmax(scale * q[t, h] . k[:, g]) @ v[:, g], g = h // (H / K) (GQA: Ainslie et al. 2023), computed
+    with the online softmax (Milakov & Gimelshein 2018; Dao et al. 2022). q is the first H * d columns of
+    qkv [T, (H + 2 K) * d]; pages as in rope_and_store; out [T, H * d], or QuantizedRows.
+    """
+
+
+@operator
+def softmax(stream: Any, x: Any, out: Any) -> None:
+    """out = exp(x - max(x)) / sum, row by row. x, out [T, N]; out may be x."""
+
+
+@operator
+def swiglu(stream: Any, gate_up: Any, out: Any) -> None:
+    """out = silu(gate) * up, silu(z) = z / (1 + e^-z) (Shazeer 2020).
+
+    gate_up [T, 2 F], gate first; out [T, F], or QuantizedRows [T, F].
+    """
+
+
+@operator
+def add(stream: Any, x: Any, y: Any, out: Any) -> None:
+    """out = x + y, all [T, D]; out may be x or y."""
+
+
+@operator
+def argmax(stream: Any, x: Any, out: Any) -> None:
+    """out[t] = the first index of the largest of x[t]. x [T, N]; out [T] int32. NaN counts as smallest."""
+
+
+@operator
+def top_k(stream: Any, x: Any, values: Any, indices: Any) -> None:
+    """The k largest of each row in descending order, the lower index first among equals.
+
+    x [T, N]; values [T, k], indices [T, k] int32; 1 <= k <= N. NaN counts as smallest.
+    """
+
+
+# Each backend package also defines what a device needs besides operators:
+#   open_stream(device, threads) -> a stream: .threads, .capture() -> a program with .run()
+#   open_allocator(device) -> a memory.Allocator
+#   BandwidthProbe(stream) -> .measure() gives the memory read bandwidth in bytes/s
+_BACKENDS = {"cpu": "numbainfer.cpu", "cuda": "numbainfer.gpu"}
+
+
+class Operators(SimpleNamespace):
+    """All operators bound to one device, and the device's `stream`, `pool` and `device`."""
+
+    stream: Any
+    pool: MemoryPool
+    device: Device
+
+    def __getattr__(self, name: str) -> Any:  # only for the type checker: operators are set by bind()
+        raise AttributeError(name)
+
+
+def backend(kind: str) -> ModuleType:
+    """The package that implements the operators for a kind of device ("cpu", "cuda")."""
+    module = importlib.import_module(_BACKENDS[kind])
+    missing = [name for name in CONTRACTS if not hasattr(module, name)]
+    if missing:
+        raise NumbaInferError(f"{kind} does not run in this version of numbainfer; use --device cpu")
+    return module
+
+
+def bind(device: Device, threads: int | None = None) -> Operators:
+    """The operators of a device, resolved once. `threads`: CPU threads, None for one per physical core."""
+    module = backend(device.kind)
+    stream = module.open_stream(device, threads)
+    bound = {name: partial(getattr(module, name), stream) for name in CONTRACTS}
+    pool = MemoryPool(module.open_allocator(device))
+    return Operators(stream=stream, pool=pool, device=device, **bound)
+
+
+def parameters(function: Callable) -> list[str]:
+    """The parameter names of an operator, to hold an implementation against its contract."""
+    return list(inspect.signature(function).parameters)
