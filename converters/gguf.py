@@ -73,9 +73,7 @@ def open_gguf(path: Path) -> Source:
 
     architecture = metadata.get("general.architecture")
     if metadata.get("split.count", 0) not in (0, 1):
-        raise NumbaInferError(
-            f"{path} is one part of a split GGUF; merge the parts first (llama-gguf-split --merge)"
-        )
+        raise NumbaInferError(f"{path} is one part of a split GGUF; merge the parts first (llama-gguf-split --merge)")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise NumbaInferError(
             f"{path}: architecture {shown(architecture)} is not supported ({', '.join(ARCHITECTURES)} are)"
@@ -128,9 +126,7 @@ def _tensor(path: Path, name: str, tensor: Any, head_dim: int | None) -> SourceT
     data: Array = tensor.data
     if kind in _PLAIN:
         dtype, stored = _PLAIN[kind]
-        # A GGUF with an alignment of its own may put numbers where they can't be read from in place.
-        data = np.require(data.view(stored), requirements="A")
-        return SourceTensor(name, shape, dtype, _rows(data, head_dim))
+        return SourceTensor(name, shape, dtype, _rows(data.view(stored), head_dim))
     # A block of a quantized vector would be many of its rows; nobody writes one.
     if len(shape) == 1 or not _can_dequantize(kind):
         raise NumbaInferError(
@@ -149,7 +145,8 @@ def _tensor(path: Path, name: str, tensor: Any, head_dim: int | None) -> SourceT
 
 def _rows(data: Array, head_dim: int | None) -> Callable[[int, int], Array]:
     if head_dim is None:
-        return lambda start, stop: data[start:stop]
+        # A copy only where a GGUF's own alignment puts numbers that can't be read in place.
+        return lambda start, stop: np.require(data[start:stop], requirements="A")
     return lambda start, stop: data[half_split_rows(start, stop, head_dim)]
 
 

@@ -71,13 +71,9 @@ def model_config(
     hidden_size, heads = meta.size("embedding_length"), meta.size("attention.head_count")
     head_dim = meta.size("attention.key_length", hidden_size // heads)
     if meta.size("attention.value_length", head_dim) != head_dim:
-        raise meta.error(
-            "attention.value_length", meta.get("attention.value_length"), f"{head_dim}, as the keys'"
-        )
+        raise meta.error("attention.value_length", meta.get("attention.value_length"), f"{head_dim}, as the keys'")
     if head_dim % 2 or meta.size("rope.dimension_count", head_dim) != head_dim:
-        raise meta.error(
-            "rope.dimension_count", meta.get("rope.dimension_count"), f"the whole head's {head_dim}"
-        )
+        raise meta.error("rope.dimension_count", meta.get("rope.dimension_count"), f"the whole head's {head_dim}")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list) and len(tokens) > vocab_size:
         raise NumbaInferError(f"{len(tokens)} tokens, but token_embd.weight has {vocab_size} rows")
@@ -139,9 +135,7 @@ def _rope_scaling(
     kind = meta.get("rope.scaling.type") or ("linear" if meta.get("rope.scale_linear") else "none")
     if kind != "none":
         if factors is not None:
-            raise NumbaInferError(
-                f"RoPE scaling {shown(kind)} together with rope_freqs.weight is not supported"
-            )
+            raise NumbaInferError(f"RoPE scaling {shown(kind)} together with rope_freqs.weight is not supported")
         if kind == "linear":
             old_key = meta.number("rope.scale_linear", 1.0)
             return {"rope_type": "linear", "factor": meta.number("rope.scaling.factor", old_key)}

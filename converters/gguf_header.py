@@ -133,9 +133,7 @@ class _Walk:
                 raise self.error(f"corrupt: tensor {shown(name)} is at {offset}, not at {expected}")
             end = base + offset + size
             if end > self.size:
-                raise self.error(
-                    f"truncated: tensor {shown(name)} ends at byte {end}, the file at {self.size}"
-                )
+                raise self.error(f"truncated: tensor {shown(name)} ends at byte {end}, the file at {self.size}")
             expected = self.aligned(offset + size)
 
     def aligned(self, position: int) -> int:

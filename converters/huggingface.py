@@ -82,24 +82,19 @@ def _open_index(directory: Path) -> list[tuple[SafetensorsFile, list[str]]]:
     for name, shard in weight_map.items():
         # A bare file name of this directory: an index must not reach other files. The file itself may be
         # a symbolic link, as in the hub's own cache.
-        if not isinstance(shard, str) or set(shard) & set("/\\:\0") or shard in ("", ".", ".."):
-            raise NumbaInferError(
-                f"{index}: {shown(name)} is in {shown(shard)}, which is no file name"
-            )
+        is_name = isinstance(shard, str) and shard.isprintable() and not set(shard) & set("/\\:")
+        if not is_name or shard in ("", ".", ".."):
+            raise NumbaInferError(f"{index}: {shown(name)} is in {shown(shard)}, which is no file name")
         names_by_shard.setdefault(shard, []).append(name)
 
     shards = []
     for shard, names in sorted(names_by_shard.items()):
         if not (directory / shard).exists():
-            raise NumbaInferError(
-                f"{directory / shard} is missing ({_INDEX} names it); is the download complete?"
-            )
+            raise NumbaInferError(f"{directory / shard} is missing ({_INDEX} names it); is the download complete?")
         file = SafetensorsFile(directory / shard)
         for name in names:
             if name not in file.tensors:
-                raise NumbaInferError(
-                    f"{file.path}: tensor {shown(name)} is missing ({_INDEX} says it is there)"
-                )
+                raise NumbaInferError(f"{file.path}: tensor {shown(name)} is missing ({_INDEX} says it is there)")
         for name in file.tensors.keys() - set(names):
             raise NumbaInferError(f"{file.path}: tensor {shown(name)} is not in {_INDEX}")
         shards.append((file, names))
@@ -113,11 +108,9 @@ def _tensor(file: SafetensorsFile, name: str) -> SourceTensor:
             f"{file.path}: tensor {shown(name)} is {entry.dtype}; weights must be {', '.join(_DTYPES)}"
         )
     if not entry.shape:
-        raise NumbaInferError(
-            f"{file.path}: tensor {shown(name)} is a single number, which no model here has"
-        )
+        raise NumbaInferError(f"{file.path}: tensor {shown(name)} is a single number, which no model here has")
     return SourceTensor(name, entry.shape, _DTYPES[entry.dtype], _reader(file, name))
 
 
 def _reader(file: SafetensorsFile, name: str) -> Callable[[int, int], Array]:
-    return lambda start, stop: file.array(name)[start:stop]
+    return lambda start, stop: file.rows(name, start, stop)

@@ -71,9 +71,7 @@ def open_llama2c(path: Path) -> Source:
     expected = _HEADER.size + 4 * sum(math.prod(shape) for _, shape in layout)
     if data.size != expected:
         problem = "truncated" if data.size < expected else "not a llama2.c .bin of version 0 (float32)"
-        raise NumbaInferError(
-            f"{path} is {problem}: its header asks for {expected} bytes, it has {data.size}"
-        )
+        raise NumbaInferError(f"{path} is {problem}: its header asks for {expected} bytes, it has {data.size}")
 
     floats = data[_HEADER.size :].view("<f4")
     tensors: dict[str, SourceTensor] = {}

@@ -50,12 +50,14 @@ def sentencepiece_model(
         raise NumbaInferError("the vocabulary has an empty token or the same one twice")
     if any(math.isnan(score) for _, score, _ in pieces):
         raise NumbaInferError("the vocabulary has a score that is not a number")
+    byte_pieces = sum(kind == TokenType.BYTE for _, _, kind in pieces)
+    if byte_pieces not in (0, 256):
+        raise NumbaInferError(f"the vocabulary has {byte_pieces} of the 256 byte tokens")
     model = b"".join(
         _field(1, _field(1, text.encode()) + _field(2, float(score)) + _field(3, int(kind)))
         for text, score, kind in pieces
     )
-    all_bytes = sum(kind == TokenType.BYTE for _, _, kind in pieces) == 256  # the library wants all or none
-    trainer = _field(3, 2) + _field(4, len(pieces)) + _field(35, int(all_bytes))  # model_type 2: BPE
+    trainer = _field(3, 2) + _field(4, len(pieces)) + _field(35, int(byte_pieces > 0))  # model_type 2: BPE
     # An id of -1 means "none"; the library finds BOS and EOS by their texts (46, 47).
     trainer += _field(40, unk) + _field(45, names[unk].encode()) + _field(43, -1)
     for id_field, name_field, index in ((41, 46, bos), (42, 47, eos)):

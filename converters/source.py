@@ -60,9 +60,7 @@ class Source:
         self.close()
 
 
-def open_source(
-    path: Path | str, *, tokenizer: Path | str | None = None, require_tokenizer: bool = True
-) -> Source:
+def open_source(path: Path | str, *, tokenizer: Path | str | None = None, require_tokenizer: bool = True) -> Source:
     """Open a model in any format that can be read, told by its content.
 
     A directory with config.json is a Hugging Face checkpoint, a file that starts with "GGUF" is that, and

@@ -16,7 +16,6 @@ from typing import Any
 
 from numbainfer.converters.pre_tokenizers import PreTokenizer, pre_tokenizer_of
 from numbainfer.converters.sentencepiece_writer import TokenType, guess_type, sentencepiece_model
-
 from numbainfer.errors import NumbaInferError
 
 # Tokens that end a turn or a document wherever a vocabulary has them. A GGUF names only one of a model's
@@ -44,9 +43,7 @@ class _Vocabulary:
         scores = _list_of(metadata, "scores", (int, float)) or [0.0] * len(tokens)
         for name, values in (("token_type", types), ("scores", scores)):
             if len(values) != len(tokens):
-                raise NumbaInferError(
-                    f"tokenizer.ggml.{name} has {len(values)} entries for {len(tokens)} tokens"
-                )
+                raise NumbaInferError(f"tokenizer.ggml.{name} has {len(values)} entries for {len(tokens)} tokens")
         return cls(metadata, tokens, types, scores)
 
     def id(self, name: str) -> int | None:
@@ -84,9 +81,7 @@ def gguf_tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
-        raise NumbaInferError(
-            f"the GGUF's tokenizer.ggml.model is {kind!r}; only 'gpt2' and 'llama' are known"
-        )
+        raise NumbaInferError(f"the GGUF's tokenizer.ggml.model is {kind!r}; only 'gpt2' and 'llama' are known")
     vocabulary = _Vocabulary.read(metadata)
     if kind == "gpt2":
         rules = pre_tokenizer_of(metadata)

@@ -81,11 +81,11 @@ class SafetensorsFile:
         A view of the mapping (it stays valid after close), except where the file packs the tensor at an
         offset that its dtype can't be read from in place: then a copy. An unknown name raises KeyError.
         """
-        entry = self.tensors[name]
-        dtype = NUMPY_DTYPES[entry.dtype]
-        count = (entry.stop - entry.start) // dtype.itemsize
-        view = np.frombuffer(self._map, dtype, count, entry.start if count else 0)
-        return np.require(view.reshape(entry.shape), requirements="A")
+        return np.require(self._view(name), requirements="A")
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Rows start..stop of the tensor's first axis, as `array` gives them; a copy is of them only."""
+        return np.require(self._view(name)[start:stop], requirements="A")
 
     def close(self) -> None:
         """Release the mapping; while arrays of it are alive they keep it, and it goes with the last."""
@@ -97,6 +97,12 @@ class SafetensorsFile:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _view(self, name: str) -> np.ndarray[Any, Any]:
+        entry = self.tensors[name]
+        dtype = NUMPY_DTYPES[entry.dtype]
+        count = (entry.stop - entry.start) // dtype.itemsize
+        return np.frombuffer(self._map, dtype, count, entry.start if count else 0).reshape(entry.shape)
 
     def _error(self, problem: str) -> NumbaInferError:
         return NumbaInferError(f"{self.path}: {problem}")

@@ -111,15 +111,11 @@ class Tokenizer:
         """The same from the files in a directory."""
         folder = Path(path)
         try:
-            files = {
-                name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()
-            }
+            files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
         except OSError as error:
             raise NumbaInferError(f"{error.filename}: {error.strerror}") from error
         if "tokenizer.json" not in files and "tokenizer.model" not in files:
-            raise NumbaInferError(
-                f"{folder}: no tokenizer.json or tokenizer.model there; add the model's own"
-            )
+            raise NumbaInferError(f"{folder}: no tokenizer.json or tokenizer.model there; add the model's own")
         return cls(files, vocab_size)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -195,9 +191,7 @@ class Tokenizer:
                 for text, index in self._read_object("added_tokens.json").items()
             }
             for key, entry in (settings.get("added_tokens_decoder") or {}).items():
-                flags = {
-                    flag: bool(entry.get(flag, flag == "special")) for flag in ("special", "lstrip", "rstrip")
-                }
+                flags = {flag: bool(entry.get(flag, flag == "special")) for flag in ("special", "lstrip", "rstrip")}
                 added[int(key)] = AddedToken(int(key), str(entry["content"]), **flags)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise NumbaInferError(f"tokenizer_config.json: bad added token ({error!r})") from error
@@ -251,14 +245,10 @@ class Tokenizer:
         if template is None:
             template = self._read_object("chat_template.json").get("chat_template")
         if isinstance(template, list):  # several by name, as some models offer one for tools
-            named = {
-                entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)
-            }
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default")
         if template is not None and not isinstance(template, str):
-            raise NumbaInferError(
-                "tokenizer_config.json: chat_template is neither text nor a list of named texts"
-            )
+            raise NumbaInferError("tokenizer_config.json: chat_template is neither text nor a list of named texts")
         return template
 
 

@@ -197,9 +197,7 @@ class SentencePieceBackend:
                 raise ValueError("the file is empty")
             processor.LoadFromSerializedProto(bytes(data))
         except Exception as error:  # a RuntimeError with the name of a C++ file, of no help to anyone
-            raise NumbaInferError(
-                "tokenizer.model is not a whole sentencepiece model; fetch it again"
-            ) from error
+            raise NumbaInferError("tokenizer.model is not a whole sentencepiece model; fetch it again") from error
         return processor
 
     def encode(self, text: str) -> list[int]:

@@ -34,9 +34,7 @@ def rmsnorm(x: ArrayLike, weight: ArrayLike, eps: float) -> Float:
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * _f64(weight)
 
 
-def linear(
-    x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None, residual: ArrayLike | None = None
-) -> Float:
+def linear(x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None, residual: ArrayLike | None = None) -> Float:
     """residual + x W^T + bias. x [T, in], weight [out, in], bias [out], residual [T, out] -> [T, out].
 
     An int8 kernel is held against linear(dequantize(x), dequantize(W)), both from quantize_groups.

@@ -69,9 +69,7 @@ def interleave(projection: np.ndarray, head_dim: int = HEAD_DIM) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(projection.shape)
 
 
-def write_huggingface(
-    directory: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] = CONFIG
-) -> Path:
+def write_huggingface(directory: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] = CONFIG) -> Path:
     directory.mkdir(exist_ok=True)
     save_file(dict(tensors), directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(dict(config)))
@@ -94,7 +92,11 @@ def write_llama2c(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
 
 
 def gguf_name(name: str) -> str:
-    for ours, theirs in (("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")):
+    for ours, theirs in (
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+    ):
         if name.startswith(ours):
             return name.replace(ours, theirs)
     _, _, layer, part = name.split(".", 3)
@@ -128,6 +130,8 @@ def write_gguf(
     """tensors: by GGUF name and as GGUF has them: plain arrays, or the bytes of a type and that type."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (gguf_metadata(architecture) if metadata is None else metadata).items():
+        if key == "general.alignment":
+            writer.data_alignment = value  # places the tensors by it
         if isinstance(value, str):
             writer.add_string(key, value)
         elif isinstance(value, list):

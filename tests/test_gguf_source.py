@@ -64,11 +64,19 @@ def test_llama_interleaves_quantized_projections_and_biases(tmp_path: Path) -> N
     source = open_gguf(files.write_gguf(tmp_path / "m", EMBEDDING | stored))
     tensors = source.tensors
     dequantized = dequantize(quantize(weight, Type.Q8_0), Type.Q8_0)
-    np.testing.assert_array_equal(
-        tensors["model.layers.0.self_attn.q_proj.weight"].rows(5, 17), dequantized[5:17]
-    )
+    np.testing.assert_array_equal(tensors["model.layers.0.self_attn.q_proj.weight"].rows(5, 17), dequantized[5:17])
     np.testing.assert_array_equal(tensors["model.layers.0.self_attn.q_proj.bias"].rows(0, rows), bias)
     assert source.config["attention_bias"]
+
+
+def test_an_alignment_that_is_too_small(tmp_path: Path) -> None:
+    vector = np.array([1, 2, 3], np.float32)
+    stored = {"output_norm.weight": (np.zeros(3, np.float16), Type.F16), "blk.0.ffn_norm.weight": vector}
+    metadata = files.gguf_metadata() | {"general.alignment": 2}
+    tensors = open_gguf(files.write_gguf(tmp_path / "m", EMBEDDING | stored, metadata)).tensors
+    rows = tensors["model.layers.0.post_attention_layernorm.weight"].rows(1, 3)
+    assert rows.flags.aligned
+    np.testing.assert_array_equal(rows, vector[1:])
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
@@ -115,7 +123,11 @@ def llama3_factors(factor: float, theta: float, dim: int) -> np.ndarray:
 
 def test_rope_factors(tmp_path: Path) -> None:
     def scaling(factors: np.ndarray) -> dict:
-        keys = {"llama.attention.key_length": 64, "llama.rope.dimension_count": 64, "llama.rope.freq_base": 5e5}
+        keys = {
+            "llama.attention.key_length": 64,
+            "llama.rope.dimension_count": 64,
+            "llama.rope.freq_base": 5e5,
+        }
         path = tmp_path / f"{factors[-1]}"
         files.write_gguf(path, EMBEDDING | {"rope_freqs.weight": factors}, files.gguf_metadata() | keys)
         return open_gguf(path).config["rope_scaling"]
@@ -130,7 +142,7 @@ def test_rope_factors(tmp_path: Path) -> None:
         }
     other = np.linspace(1, 3, 32, dtype=np.float32)
     assert scaling(other) == {"rope_type": "factors", "factors": other.tolist()}
-    with pytest.raises(NumbaInferError, match="rope_freqs.weight is not 32 positive"):
+    with pytest.raises(NumbaInferError, match=r"rope_freqs\.weight is not 32 positive"):
         scaling(np.ones(31, np.float32))
 
 
@@ -154,7 +166,12 @@ def test_end_of_generation_tokens(tmp_path: Path) -> None:
     tokens = ["a", "<|im_end|>", "<|endoftext|>", "<|eot_id|>"]
     metadata = files.gguf_metadata() | {
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [1, 3, 3, 1],  # the last is ordinary text that looks like a control token
+        "tokenizer.ggml.token_type": [
+            1,
+            3,
+            3,
+            1,
+        ],  # the last one is ordinary text
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.bos_token_id": 0,
     }
@@ -207,7 +224,7 @@ def test_tensors_that_cannot_be_used(tmp_path: Path, tensors: dict, problem: str
 def test_other_architectures_and_no_embedding(tmp_path: Path) -> None:
     with pytest.raises(NumbaInferError, match="architecture 'gemma' is not supported"):
         open_gguf(files.write_gguf(tmp_path / "m", EMBEDDING, architecture="gemma"))
-    with pytest.raises(NumbaInferError, match="token_embd.weight is missing"):
+    with pytest.raises(NumbaInferError, match=r"token_embd\.weight is missing"):
         open_gguf(files.write_gguf(tmp_path / "n", {"output_norm.weight": np.ones(24, np.float32)}))
 
 

@@ -18,9 +18,7 @@ def test_embedding_picks_rows():
 def test_rmsnorm_of_3_4():
     # mean of 9 and 16 is 12.5; with eps 3.5 the root is 4
     assert_allclose(reference.rmsnorm([[3.0, 4.0]], [2.0, 10.0], eps=3.5), [[1.5, 10.0]])
-    assert_allclose(
-        reference.rmsnorm([[3.0, 4.0]], [1.0, 1.0], eps=0.0), np.array([[3.0, 4.0]]) / np.sqrt(12.5)
-    )
+    assert_allclose(reference.rmsnorm([[3.0, 4.0]], [1.0, 1.0], eps=0.0), np.array([[3.0, 4.0]]) / np.sqrt(12.5))
 
 
 def test_linear_rows_are_outputs():

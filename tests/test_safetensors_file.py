@@ -84,6 +84,7 @@ def test_bfloat16_and_odd_offsets(tmp_path: Path) -> None:
     np.testing.assert_array_equal(file.array("f32"), ones)
     assert file.tensors["f32"].start % 4 == 3  # packed where float32 can't be read in place
     assert file.array("f32").flags.aligned
+    np.testing.assert_array_equal(file.rows("bf", 1, 2), bits[1:2])
 
 
 def test_writer_keeps_its_contract(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_writer_keeps_its_contract(tmp_path: Path) -> None:
             attempt(*writes)
         assert not path.exists()  # nothing half-written stays
     attempt(("a", rows), ("a", rows), ("b", np.zeros(4, np.int8)))
-    with pytest.raises(NumbaInferError, match="cannot write .*File exists"):
+    with pytest.raises(NumbaInferError, match=r"cannot write .*File exists"):
         attempt()
     with pytest.raises(ValueError, match="taken"):
         SafetensorsWriter(tmp_path / "twice", [("a", "F32", (1,)), ("a", "F32", (1,))])

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from numbainfer import NumbaInferError
 from numbainfer.converters.source import Source, open_source
+from numbainfer.safetensors_file import SafetensorsWriter
 
 
 def read_all(source: Source, chunk: int = 5) -> dict[str, np.ndarray]:
@@ -35,9 +36,7 @@ def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 def test_all_roads_give_the_same_float32_model(tmp_path: Path, tied: bool) -> None:
     expected = files.weights(tied)
     roads = {
-        "huggingface": files.write_huggingface(
-            tmp_path / "hf", expected, files.CONFIG | {"tie_word_embeddings": tied}
-        ),
+        "huggingface": files.write_huggingface(tmp_path / "hf", expected, files.CONFIG | {"tie_word_embeddings": tied}),
         # Named against their content: only that may count.
         "gguf": files.write_gguf(tmp_path / "model.bin", files.as_gguf(expected)),
         "llama2c": files.write_llama2c(tmp_path / "model.gguf", expected),
@@ -72,13 +71,14 @@ def test_arrays_outlive_their_source(tmp_path: Path) -> None:
 def test_huggingface_dtypes_and_passing_through(tmp_path: Path) -> None:
     bits = np.arange(12, dtype=np.uint16).reshape(3, 4)
     config = {"model_type": "qwen3", "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
-    directory = files.write_huggingface(tmp_path / "hf", {"half": np.ones((2, 2), np.float16)}, config)
-    # The safetensors library has no bfloat16 for NumPy: the header is edited instead.
-    save_file({"bf": bits, "model.rotary_emb.inv_freq": np.ones(4, np.float32)}, directory / "model.safetensors")
-    data = (directory / "model.safetensors").read_bytes().replace(b'"U16"', b'"BF16"')
-    length = int.from_bytes(data[:8], "little")
-    header = data[8 : 9 + length].rstrip(b"\0 ")
-    (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[9 + length :])
+    directory = files.write_huggingface(tmp_path / "hf", {}, config)
+    (directory / "model.safetensors").unlink()
+    # The safetensors library has no bfloat16 for NumPy.
+    entries = [("bf", "BF16", (3, 4)), ("model.rotary_emb.inv_freq", "F32", (4,)), ("half", "F16", (2,))]
+    with SafetensorsWriter(directory / "model.safetensors", entries) as writer:
+        writer.write("bf", bits)
+        writer.write("model.rotary_emb.inv_freq", np.ones(4, np.float32))
+        writer.write("half", np.ones(2, np.float16))
     (directory / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (directory / name).write_text(f"{{{name}}}")
@@ -89,8 +89,8 @@ def test_huggingface_dtypes_and_passing_through(tmp_path: Path) -> None:
     assert source.generation_config == {"eos_token_id": [1, 2]}
     assert source.tokenizer_files["tokenizer.json"] == b"{tokenizer.json}"
     assert source.tokenizer_files.keys() == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert source.tensors.keys() == {"bf"}  # the rotary_emb.inv_freq of old checkpoints is left out
-    assert source.tensors["bf"].dtype == "bfloat16"
+    assert source.tensors.keys() == {"bf", "half"}  # the rotary_emb.inv_freq of old checkpoints is left out
+    assert [source.tensors[name].dtype for name in ("bf", "half")] == ["bfloat16", "float16"]
     np.testing.assert_array_equal(read_all(source)["bf"], bits)
 
 
@@ -112,7 +112,7 @@ def test_sharded(tmp_path: Path) -> None:
         assert_equal(read_all(source), expected)
 
 
-@pytest.mark.parametrize("shard", ["../b.safetensors", "/etc/passwd", "sub/b.safetensors", "..", "", 7])
+@pytest.mark.parametrize("shard", ["../b.safetensors", "/etc/passwd", "sub/b", "..", "", 7, "a\nb", "\ud800"])
 def test_an_index_stays_in_its_directory(tmp_path: Path, shard: object) -> None:
     write_shards(tmp_path)
     index = {"weight_map": {"model.norm.weight": shard}}
@@ -148,7 +148,7 @@ def test_tokenizers_from_elsewhere(tmp_path: Path) -> None:
 
     other = tmp_path / "other"
     other.mkdir()
-    with pytest.raises(NumbaInferError, match="none of tokenizer.json"):
+    with pytest.raises(NumbaInferError, match=r"none of tokenizer\.json"):
         open_source(model, tokenizer=other)
     (other / "tokenizer.json").write_bytes(b" {}")
     for path in (other, other / "tokenizer.json"):

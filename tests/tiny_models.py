@@ -242,9 +242,7 @@ def write_hf_checkpoint(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = weights(name)
-    (directory / "config.json").write_text(
-        json.dumps(hf_config(name, dtype=dtype, style=style), indent=2) + "\n"
-    )
+    (directory / "config.json").write_text(json.dumps(hf_config(name, dtype=dtype, style=style), indent=2) + "\n")
     if shards == 1:
         (directory / "model.safetensors").write_bytes(_serialize(tensors, dtype))
         return directory

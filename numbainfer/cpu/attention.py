@@ -21,7 +21,7 @@ from numbainfer.quantization import QuantizedRows
 
 
 @njit
-def _dot(q, k, count):  # type: ignore[no-untyped-def]
+def _dot(q, k, count):
     whole = count // 16 * 16
     acc = splat(float32(0))
     for i in range(0, whole, 16):
@@ -33,7 +33,7 @@ def _dot(q, k, count):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _weigh(weights, v, keys, count, decay, out):  # type: ignore[no-untyped-def]
+def _weigh(weights, v, keys, count, decay, out):
     """out = out * decay + weights[keys] @ v[keys, count]"""
     whole = count // 16 * 16
     for i in range(0, whole, 16):
@@ -49,7 +49,7 @@ def _weigh(weights, v, keys, count, decay, out):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _exponentials(scores, largest):  # type: ignore[no-untyped-def]
+def _exponentials(scores, largest):
     """scores[64] to e^(score - largest) in place; returns their sum."""
     sums = splat(float32(0))
     for i in range(0, PAGE, 16):
@@ -60,7 +60,24 @@ def _exponentials(scores, largest):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _attention(task, worker, qkv, heads, kv_heads, head_dim, scale, positions, sequences, k_pages, v_pages, page_table, pages_per_sequence, out, scratch, floats):  # type: ignore[no-untyped-def]  # noqa: E501
+def _attention(
+    task,
+    worker,
+    qkv,
+    heads,
+    kv_heads,
+    head_dim,
+    scale,
+    positions,
+    sequences,
+    k_pages,
+    v_pages,
+    page_table,
+    pages_per_sequence,
+    out,
+    scratch,
+    floats,
+):
     token, g = task // kv_heads, task % kv_heads
     shared = heads // kv_heads  # query heads that read this key/value head
     q = advance(qkv, (token * (heads + 2 * kv_heads) + g * shared) * head_dim)

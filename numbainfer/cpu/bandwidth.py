@@ -15,7 +15,7 @@ _BLOCK = 1 << 20  # bytes that a task reads
 
 
 @kernel
-def _read(task, worker, data, sums):  # type: ignore[no-untyped-def]
+def _read(task, worker, data, sums):
     block = advance(data, task * _BLOCK)
     s0 = s1 = s2 = s3 = splat_i32(int32(0))
     for i in range(0, _BLOCK, 256):

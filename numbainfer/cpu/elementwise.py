@@ -29,7 +29,7 @@ from numbainfer.quantization import Matrix, QuantizedMatrix, QuantizedRows
 
 
 @kernel
-def _embedding(task, worker, tokens, table, vocabulary, width, out):  # type: ignore[no-untyped-def]
+def _embedding(task, worker, tokens, table, vocabulary, width, out):
     token = tokens[task]
     row = advance(out, task * width)
     for i in range(width):
@@ -37,7 +37,7 @@ def _embedding(task, worker, tokens, table, vocabulary, width, out):  # type: ig
 
 
 @kernel
-def _embedding_int8(task, worker, tokens, codes, scales, vocabulary, width, group, out):  # type: ignore[no-untyped-def]
+def _embedding_int8(task, worker, tokens, codes, scales, vocabulary, width, group, out):
     token = tokens[task]
     row = advance(out, task * width)
     if not 0 <= token < vocabulary:
@@ -62,7 +62,7 @@ def embedding(stream: Stream, tokens: np.ndarray, table: Matrix | QuantizedMatri
 
 
 @njit
-def norm_row(x, weight, width, eps, out):  # type: ignore[no-untyped-def]
+def norm_row(x, weight, width, eps, out):
     """RMSNorm of one row of `width` values; out may be x."""
     whole = width // 16 * 16
     squares = splat(float32(0))
@@ -80,12 +80,12 @@ def norm_row(x, weight, width, eps, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _rmsnorm(task, worker, x, weight, width, eps, out):  # type: ignore[no-untyped-def]
+def _rmsnorm(task, worker, x, weight, width, eps, out):
     norm_row(advance(x, task * width), weight, width, eps, advance(out, task * width))
 
 
 @kernel
-def _rmsnorm_quantize(task, worker, x, weight, width, eps, group, codes, stride, scales, sums, scratch, floats):  # type: ignore[no-untyped-def]
+def _rmsnorm_quantize(task, worker, x, weight, width, eps, group, codes, stride, scales, sums, scratch, floats):
     row = advance(scratch, worker * floats)
     norm_row(advance(x, task * width), weight, width, eps, row)
     quantize_row(row, 0, width, group, codes, task * stride, scales, sums, task * (width // group))
@@ -106,7 +106,7 @@ def rmsnorm(stream: Stream, x: np.ndarray, weight: np.ndarray, eps: float, out: 
 
 
 @njit
-def _swiglu_row(gate, up, width, out):  # type: ignore[no-untyped-def]
+def _swiglu_row(gate, up, width, out):
     whole = width // 16 * 16
     one, zero = splat(float32(1)), splat(float32(0))
     for i in range(0, whole, 16):
@@ -117,13 +117,15 @@ def _swiglu_row(gate, up, width, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _swiglu(task, worker, gate_up, width, out):  # type: ignore[no-untyped-def]
+def _swiglu(task, worker, gate_up, width, out):
     gate = advance(gate_up, task * 2 * width)
     _swiglu_row(gate, advance(gate, width), width, advance(out, task * width))
 
 
 @kernel
-def _swiglu_quantize(task, worker, gate_up, width, per_task, parts, group, codes, stride, scales, sums, scratch, floats):  # type: ignore[no-untyped-def]
+def _swiglu_quantize(
+    task, worker, gate_up, width, per_task, parts, group, codes, stride, scales, sums, scratch, floats
+):
     # A row is split into parts of whole groups, so that one token's work spreads over the cores.
     token, first = task // parts, task % parts * per_task
     columns = min(per_task, width - first)
@@ -144,14 +146,24 @@ def swiglu(stream: Stream, gate_up: np.ndarray, out: np.ndarray | QuantizedRows)
         per_task = 1024  # a multiple of every group; about 1 us of work
         parts = -(-width // per_task)
         scratch = stream.scratch(per_task)
-        arrays = (gate_up, width, per_task, parts, out.group, out.codes, out.codes.shape[1], out.scales, out.sums)
+        arrays = (
+            gate_up,
+            width,
+            per_task,
+            parts,
+            out.group,
+            out.codes,
+            out.codes.shape[1],
+            out.scales,
+            out.sums,
+        )
         stream.launch(_swiglu_quantize, tokens * parts, *arrays, scratch, scratch.shape[1])
     else:
         stream.launch(_swiglu, tokens, gate_up, width, out)
 
 
 @kernel
-def _add(task, worker, x, y, width, out):  # type: ignore[no-untyped-def]
+def _add(task, worker, x, y, width, out):
     base = task * width
     whole = width // 16 * 16
     for i in range(base, base + whole, 16):
@@ -168,7 +180,7 @@ def add(stream: Stream, x: np.ndarray, y: np.ndarray, out: np.ndarray) -> None:
 
 
 @kernel
-def _softmax(task, worker, x, width, out):  # type: ignore[no-untyped-def]
+def _softmax(task, worker, x, width, out):
     x, out = advance(x, task * width), advance(out, task * width)
     whole = width // 16 * 16
     largest = float32(-np.inf)

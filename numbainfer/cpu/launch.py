@@ -38,7 +38,7 @@ _P64 = types.CPointer(types.int64)
 
 
 @intrinsic
-def _call_entry(typingctx, address, task, worker, arguments):  # type: ignore[no-untyped-def]
+def _call_entry(typingctx, address, task, worker, arguments):
     """Calls the kernel entry at `address`."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -50,13 +50,13 @@ def _call_entry(typingctx, address, task, worker, arguments):  # type: ignore[no
 
 
 @intrinsic
-def _offset(typingctx, pointer, words):  # type: ignore[no-untyped-def]
+def _offset(typingctx, pointer, words):
     """pointer + words"""
     return _P64(_P64, types.int64), lambda context, builder, sig, args: builder.gep(args[0], [args[1]])
 
 
 @intrinsic
-def _fetch_add(typingctx, pointer, index, amount):  # type: ignore[no-untyped-def]
+def _fetch_add(typingctx, pointer, index, amount):
     """Atomically adds to pointer[index] and returns what stood there; orders all memory accesses around it."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -66,7 +66,7 @@ def _fetch_add(typingctx, pointer, index, amount):  # type: ignore[no-untyped-de
 
 
 @intrinsic
-def _load_acquire(typingctx, pointer, index):  # type: ignore[no-untyped-def]
+def _load_acquire(typingctx, pointer, index):
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.load_atomic(builder.gep(args[0], [args[1]]), "acquire", 8)
 
@@ -74,7 +74,7 @@ def _load_acquire(typingctx, pointer, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _pause(typingctx):  # type: ignore[no-untyped-def]
+def _pause(typingctx):
     """Tells the core that this is a spin loop (x86's pause; nothing elsewhere)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -91,7 +91,7 @@ _yield = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_
 
 
 @njit
-def _walk(program, instructions, counters, worker):  # type: ignore[no-untyped-def]
+def _walk(program, instructions, counters, worker):
     for i in range(instructions):
         entry, tasks = program[i * WORDS], program[i * WORDS + 1]
         arguments = _offset(program, i * WORDS + 2)
@@ -111,7 +111,7 @@ def _walk(program, instructions, counters, worker):  # type: ignore[no-untyped-d
 
 
 @njit(parallel=True)
-def _run(program, instructions, counters, workers):  # type: ignore[no-untyped-def]
+def _run(program, instructions, counters, workers):
     for i in range(instructions):
         counters[i * COUNTERS] = 0
         counters[i * COUNTERS + 16] = 0
@@ -120,7 +120,7 @@ def _run(program, instructions, counters, workers):  # type: ignore[no-untyped-d
 
 
 @kernel
-def _replay(instructions, workers, program, counters):  # type: ignore[no-untyped-def]
+def _replay(instructions, workers, program, counters):
     """Runs a program; compiled as a kernel so that it is cached as one: (task, worker) are its two numbers."""
     _run(program, instructions, counters, workers)
 

@@ -16,7 +16,7 @@ from numbainfer.quantization import Matrix, QuantizedMatrix, QuantizedRows
 
 
 @kernel
-def _linear(task, worker, w, x, bias, residual, flags, y, rows, width, per_task, tokens):  # type: ignore[no-untyped-def]
+def _linear(task, worker, w, x, bias, residual, flags, y, rows, width, per_task, tokens):
     whole = width // 16 * 16  # columns in full vectors
     for first in range(0, tokens, 4):
         last = tokens - 1  # a token past the end repeats the last, and its result is dropped

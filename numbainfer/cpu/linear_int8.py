@@ -38,7 +38,15 @@ from numbainfer.cpu.simd import (
     store_word,
     to_f32,
 )
-from numbainfer.cpu.tile import TILE_ROWS, TILE_TOKENS, tile_add_scaled, tile_dot, tile_spill, tile_start, tile_zero
+from numbainfer.cpu.tile import (
+    TILE_ROWS,
+    TILE_TOKENS,
+    tile_add_scaled,
+    tile_dot,
+    tile_spill,
+    tile_start,
+    tile_zero,
+)
 from numbainfer.quantization import GROUPS, QuantizedMatrix, QuantizedRows
 
 OFFSET = detect().weight_offset
@@ -48,7 +56,7 @@ ROW_FORM_TOKENS = 8
 
 
 @njit
-def _block(w, x, i, width):  # type: ignore[no-untyped-def]
+def _block(w, x, i, width):
     """float32 sums of products of columns i to i + 63; the last block of a row may have 32 columns."""
     weights = load_i8(w, i) if width - i >= 64 else load_i8_half(w, i)
     return to_f32(dot4(splat_i32(int32(0)), weights, load_i8(x, i)))
@@ -58,7 +66,7 @@ def _make_row_kernels(group: int) -> tuple[Kernel, Kernel]:
     """The row form for one token, and for four at a time."""
 
     @njit
-    def factor(ws, xs, i, width):  # type: ignore[no-untyped-def]
+    def factor(ws, xs, i, width):
         """Weight scale times activation scale, for the lanes of the 64-byte block at column i."""
         g = i // group
         first = get(ws, g) * xs[g]
@@ -67,7 +75,7 @@ def _make_row_kernels(group: int) -> tuple[Kernel, Kernel]:
         return splat(first)
 
     @njit
-    def surplus(ws, xs, sums, groups):  # type: ignore[no-untyped-def]
+    def surplus(ws, xs, sums, groups):
         """What counting weights as w + OFFSET added to a row's sum."""
         total = float32(0)
         if OFFSET:
@@ -76,7 +84,7 @@ def _make_row_kernels(group: int) -> tuple[Kernel, Kernel]:
         return total * float32(OFFSET)
 
     @kernel
-    def gemv(task, worker, w, ws, x, xs, sums, bias, residual, flags, y, rows, width, per_task):  # type: ignore[no-untyped-def]
+    def gemv(task, worker, w, ws, x, xs, sums, bias, residual, flags, y, rows, width, per_task):
         groups = width // group
         for row in range(task * per_task, min(rows, (task + 1) * per_task)):
             w_row, ws_row = advance(w, row * width), advance(ws, row * groups)
@@ -92,7 +100,7 @@ def _make_row_kernels(group: int) -> tuple[Kernel, Kernel]:
             y[row] = value
 
     @kernel
-    def gemv4(task, worker, w, ws, x, xs, sums, bias, residual, flags, y, rows, width, per_task, tokens, stride):  # type: ignore[no-untyped-def]
+    def gemv4(task, worker, w, ws, x, xs, sums, bias, residual, flags, y, rows, width, per_task, tokens, stride):
         groups = width // group
         for first in range(0, tokens, 4):  # rows of x are padded to 8, so four may always be read
             x0 = advance(x, first * stride)
@@ -129,7 +137,7 @@ def _make_row_kernels(group: int) -> tuple[Kernel, Kernel]:
 
 
 @njit
-def _pack(w, ws, valid, width, groups, panel, scales):  # type: ignore[no-untyped-def]
+def _pack(w, ws, valid, width, groups, panel, scales):
     """Rows of W as panel [width / 4][32][4] (with the offset added) and scales [groups][32]; absent rows as zeros."""
     for r in range(TILE_ROWS):
         if r < valid:
@@ -147,7 +155,25 @@ def _pack(w, ws, valid, width, groups, panel, scales):  # type: ignore[no-untype
 
 def _make_panel_kernel(group: int) -> Kernel:
     @kernel
-    def gemm(task, worker, w, ws, x, xs, sums, bias, residual, flags, y, rows, width, tokens, stride, scratch, floats):  # type: ignore[no-untyped-def]
+    def gemm(
+        task,
+        worker,
+        w,
+        ws,
+        x,
+        xs,
+        sums,
+        bias,
+        residual,
+        flags,
+        y,
+        rows,
+        width,
+        tokens,
+        stride,
+        scratch,
+        floats,
+    ):
         groups = width // group
         first = task * TILE_ROWS
         valid = min(TILE_ROWS, rows - first)

@@ -24,8 +24,9 @@ from numbainfer.cpu.simd import (
 )
 from numbainfer.quantization import QuantizedMatrix, QuantizedRows
 
+
 @njit
-def quantize_row(x, base, width, group, codes, code_base, scales, sums, group_base):  # type: ignore[no-untyped-def]
+def quantize_row(x, base, width, group, codes, code_base, scales, sums, group_base):
     """x[base : base + width] to codes[code_base :], and a scale and a sum of codes per group from group_base on."""
     for g in range(width // group):
         start = base + g * group
@@ -45,7 +46,7 @@ def quantize_row(x, base, width, group, codes, code_base, scales, sums, group_ba
 
 
 @kernel
-def _quantize(task, worker, x, width, group, codes, code_stride, scales, sums):  # type: ignore[no-untyped-def]
+def _quantize(task, worker, x, width, group, codes, code_stride, scales, sums):
     quantize_row(x, task * width, width, group, codes, task * code_stride, scales, sums, task * (width // group))
 
 
@@ -63,7 +64,7 @@ def check_rows(rows: QuantizedRows, tokens: int, width: int) -> None:
 
 
 @kernel
-def _quantize_matrix(task, worker, x, rows, width, group, rows_per_task, codes, scales, faults):  # type: ignore[no-untyped-def]
+def _quantize_matrix(task, worker, x, rows, width, group, rows_per_task, codes, scales, faults):
     for row in range(task * rows_per_task, min(rows, (task + 1) * rows_per_task)):
         for g in range(width // group):
             start = row * width + g * group

@@ -15,7 +15,7 @@ PAGE = 64  # positions of a KV page
 
 
 @njit
-def _rotate(head, cos, sin, half):  # type: ignore[no-untyped-def]
+def _rotate(head, cos, sin, half):
     """Rotates the first 2 * half values of a head; cos and sin [half] of its position."""
     whole = half // 16 * 16
     zero = splat(float32(0))
@@ -30,15 +30,13 @@ def _rotate(head, cos, sin, half):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _rope(task, worker, x, heads, head_dim, positions, cos, sin, half):  # type: ignore[no-untyped-def]
+def _rope(task, worker, x, heads, head_dim, positions, cos, sin, half):
     row = positions[task] * half
     for h in range(heads):
         _rotate(advance(x, (task * heads + h) * head_dim), advance(cos, row), advance(sin, row), half)
 
 
-def rope(
-    stream: Stream, x: np.ndarray, heads: int, positions: np.ndarray, cos: np.ndarray, sin: np.ndarray
-) -> None:
+def rope(stream: Stream, x: np.ndarray, heads: int, positions: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
     """See registry.rope. A task is a token."""
     tokens, head_dim = x.shape[0], x.shape[1] // heads
     if 2 * cos.shape[1] > head_dim or x.shape[1] % heads:
@@ -47,7 +45,7 @@ def rope(
 
 
 @njit
-def _copy(source, target, count):  # type: ignore[no-untyped-def]
+def _copy(source, target, count):
     """float32 to the element type of the cache."""
     whole = count // 16 * 16
     for i in range(0, whole, 16):
@@ -57,7 +55,27 @@ def _copy(source, target, count):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _rope_and_store(task, worker, qkv, heads, kv_heads, head_dim, q_norm, k_norm, normed, eps, positions, sequences, cos, sin, half, k_pages, v_pages, page_table, pages_per_sequence):  # type: ignore[no-untyped-def]  # noqa: E501
+def _rope_and_store(
+    task,
+    worker,
+    qkv,
+    heads,
+    kv_heads,
+    head_dim,
+    q_norm,
+    k_norm,
+    normed,
+    eps,
+    positions,
+    sequences,
+    cos,
+    sin,
+    half,
+    k_pages,
+    v_pages,
+    page_table,
+    pages_per_sequence,
+):
     position = positions[task]
     row = position * half
     token = advance(qkv, task * (heads + 2 * kv_heads) * head_dim)

@@ -12,7 +12,7 @@ from numbainfer.cpu.simd import advance
 
 
 @kernel
-def _argmax(task, worker, x, width, out):  # type: ignore[no-untyped-def]
+def _argmax(task, worker, x, width, out):
     row = advance(x, task * width)
     best, index = float32(-np.inf), 0
     for i in range(width):
@@ -29,12 +29,12 @@ def argmax(stream: Stream, x: np.ndarray, out: np.ndarray) -> None:
 
 
 @njit
-def _comes_first(value, index, other, other_index):  # type: ignore[no-untyped-def]
+def _comes_first(value, index, other, other_index):
     return value > other or (value == other and index < other_index)
 
 
 @njit
-def _sift_down(values, indices, start, count):  # type: ignore[no-untyped-def]
+def _sift_down(values, indices, start, count):
     """Restores the heap whose root is the element that comes last, below `start`."""
     root = start
     while 2 * root + 1 < count:
@@ -49,7 +49,7 @@ def _sift_down(values, indices, start, count):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _top_k(task, worker, x, width, k, values, indices):  # type: ignore[no-untyped-def]
+def _top_k(task, worker, x, width, k, values, indices):
     # A heap of the k best so far, the last of them at its root; sorted in place at the end.
     row, values, indices = advance(x, task * width), advance(values, task * k), advance(indices, task * k)
     for i in range(k):

@@ -136,7 +136,7 @@ def _narrow_half(builder: Any, value: Any) -> Any:
 
 
 @intrinsic
-def load(typingctx, pointer, index):  # type: ignore[no-untyped-def]
+def load(typingctx, pointer, index):
     """The 16 elements from pointer[index] on (float32, F16 or BF16) as float32."""
     if not isinstance(pointer, types.CPointer) or pointer.dtype not in (types.float32, F16, BF16):
         return None
@@ -155,7 +155,7 @@ def load(typingctx, pointer, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store(typingctx, pointer, index, value):  # type: ignore[no-untyped-def]
+def store(typingctx, pointer, index, value):
     """Writes 16 float32 lanes at pointer[index], rounded to nearest even where the elements are F16."""
     if not isinstance(pointer, types.CPointer) or pointer.dtype not in (types.float32, F16):
         return None
@@ -170,7 +170,7 @@ def store(typingctx, pointer, index, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def get(typingctx, pointer, index):  # type: ignore[no-untyped-def]
+def get(typingctx, pointer, index):
     """One element (float32, F16 or BF16) as float32."""
     if not isinstance(pointer, types.CPointer) or pointer.dtype not in (types.float32, F16, BF16):
         return None
@@ -188,7 +188,7 @@ def get(typingctx, pointer, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def put(typingctx, pointer, index, value):  # type: ignore[no-untyped-def]
+def put(typingctx, pointer, index, value):
     """Writes one float32 at pointer[index], rounded where the elements are F16."""
     if not isinstance(pointer, types.CPointer) or pointer.dtype not in (types.float32, F16):
         return None
@@ -206,7 +206,7 @@ def put(typingctx, pointer, index, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def advance(typingctx, pointer, elements):  # type: ignore[no-untyped-def]
+def advance(typingctx, pointer, elements):
     """The pointer moved on by a number of elements."""
     if not isinstance(pointer, types.CPointer):
         return None
@@ -288,7 +288,12 @@ def _binary(op: Callable, vector: Any, emit: str) -> None:
         return getattr(builder, emit)(*args)
 
 
-for _op, _emit in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+for _op, _emit in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
     _binary(_op, F32x16, _emit)
 _binary(operator.add, I32x16, "add")
 
@@ -502,7 +507,7 @@ def keep_if_above(builder: Any, a: Any, b: Any, value: Any) -> Any:
 
 
 @njit
-def exp(x):  # type: ignore[no-untyped-def]
+def exp(x):
     """e^x per lane to about 1e-7 relative (Cephes' expf: Moshier 1989), 0 below -87, clamped above 88."""
     inside = maximum(minimum(x, splat(88.0)), splat(-87.0))
     n = round_i32(inside * splat(1.44269504))

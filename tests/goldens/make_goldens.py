@@ -122,9 +122,7 @@ def make(name: str) -> dict[str, np.ndarray]:
         "greedy_margin": np.float64(margin),
         "greedy_largest": np.float64(largest),
         "prompt_seed": np.int64(seed),
-        "weights_sum": np.float64(
-            sum(np.abs(w.astype(np.float64)).sum() for w in tiny_models.weights(name).values())
-        ),
+        "weights_sum": np.float64(sum(np.abs(w.astype(np.float64)).sum() for w in tiny_models.weights(name).values())),
         "made_with": np.array(json.dumps(made_with)),
     }
 
@@ -144,13 +142,9 @@ def check(name: str, made: dict[str, np.ndarray]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Make the goldens of the tiny models with torch and transformers."
-    )
+    parser = argparse.ArgumentParser(description="Make the goldens of the tiny models with torch and transformers.")
     parser.add_argument("names", nargs="*", help="models to make (default: all)")
-    parser.add_argument(
-        "--check", action="store_true", help="compare with the stored goldens instead of writing them"
-    )
+    parser.add_argument("--check", action="store_true", help="compare with the stored goldens instead of writing them")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the matrices are too small to share
     for name in arguments.names or tiny_models.CONFIGS:

@@ -1,0 +1,187 @@
+"""The one decoder-only model: it walks the layer specs and calls bound operators. It knows no device.
+
+A step takes T tokens, each with its position and its sequence: a prompt chunk, one token of one sequence, or one token
+of each of several. The walk is captured once per T as a program, and replayed for every later step of that size.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from numbainfer.checkpoint import Weights
+from numbainfer.kv_cache import KVCache
+from numbainfer.quantization import AnyMatrix, Matrix, QuantizedRows
+from numbainfer.registry import Operators
+from numbainfer.specs import layer_specs
+
+CHUNK = 512  # the most tokens of a step: prompts are taken in chunks of this
+_KEPT_PROGRAMS = 16
+
+
+@dataclass
+class Layer:
+    """The weights of one decoder layer; biases and head norms None where the spec has none."""
+
+    attention_norm: Any  # [D]
+    qkv: AnyMatrix  # [(H + 2 K) d, D]: q, k, v stacked
+    qkv_bias: Any  # [(H + 2 K) d]
+    q_norm: Any  # [d]
+    k_norm: Any  # [d]
+    output: AnyMatrix  # [D, H d]
+    output_bias: Any  # [D]
+    mlp_norm: Any  # [D]
+    gate_up: AnyMatrix  # [2 F, D]: gate, up stacked
+    gate_up_bias: Any  # [2 F]
+    down: AnyMatrix  # [D, F]
+    down_bias: Any  # [D]
+
+
+class Model:
+    """Weights, KV cache and workspace on one device; `step` runs tokens through them.
+
+    eager: run every operator at once instead of capturing (for debugging; the numbers are the same).
+    """
+
+    def __init__(
+        self,
+        ops: Operators,
+        weights: Weights,
+        ctx_size: int,
+        *,
+        sequences: int = 1,
+        chunk: int = CHUNK,
+        eager: bool = False,
+    ) -> None:
+        self.ops = ops
+        self.config = config = weights.config
+        self.chunk = min(chunk, ctx_size)
+        self.eager = eager
+        self.layers = list(_layers(weights))
+        self.embedding = weights.matrix(["model.embed_tokens.weight"])
+        self.norm = weights.vector(["model.norm.weight"])
+        self.head = self.embedding if config.tied_embeddings else weights.matrix(["lm_head.weight"])
+        # float32 models are there for fidelity, so their cache is float32 too
+        exact = isinstance(self.embedding, Matrix) and self.embedding.data.dtype == np.float32
+        dtype = np.float32 if exact else np.float16
+        self.cache = KVCache(ops.pool, config, ctx_size, dtype=dtype, sequences=sequences)
+        angles = np.arange(ctx_size, dtype=np.float32)[:, None] * config.inverse_frequencies()
+        self.cos, self.sin = np.cos(angles), np.sin(angles)  # [positions, d / 2] float32
+        self._programs: OrderedDict[tuple[int, str], Any] = OrderedDict()
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """The workspace of a step of up to `chunk` tokens."""
+        pool, config, T = self.ops.pool, self.config, self.chunk
+        layer = self.layers[0]
+        self._tokens, self._positions, self._sequences = (pool.zeros(T, np.int32) for _ in range(3))
+        self._x = pool.empty((T, config.hidden_size), np.float32)
+        self._qkv = pool.empty((T, layer.qkv.shape[0]), np.float32)
+        self._gate_up = pool.empty((T, layer.gate_up.shape[0]), np.float32)
+        self._inputs: dict[tuple, Any] = {}
+        self._logits = pool.empty((1, config.vocab_size), np.float32)
+
+    def _input(self, matrix: AnyMatrix, role: str, tokens: int) -> Any:
+        """The buffer that holds a matrix's input: float32, or int8 in the matrix's groups."""
+        key = (role, matrix.shape[1], getattr(matrix, "group", None))
+        if key not in self._inputs:
+            self._inputs[key] = matrix.input_buffer(self.ops.pool, self.chunk)
+        buffer = self._inputs[key]
+        return buffer.first(tokens) if isinstance(buffer, QuantizedRows) else buffer[:tokens]
+
+    def step(self, tokens: Sequence[int], positions: Any, sequences: Any, logits: str = "last") -> np.ndarray | None:
+        """Runs T tokens (T <= chunk) through the model, storing their keys and values in the cache.
+
+        positions, sequences: per token, its position and its sequence's row in the page table. logits: "last" for
+        those of the last token [1, vocabulary], "all" [T, vocabulary], or "none". The array returned is float32 and
+        lives until the next step.
+        """
+        T = len(tokens)
+        self._tokens[:T] = tokens
+        self._positions[:T] = positions
+        self._sequences[:T] = sequences
+        if logits == "all" and len(self._logits) < T:
+            self._logits = self.ops.pool.empty((T, self.config.vocab_size), np.float32)
+            self._programs.clear()
+        if self.eager:
+            self._walk(T, logits)
+        else:
+            self._program(T, logits).run()
+        return None if logits == "none" else self._logits[: T if logits == "all" else 1]
+
+    def _program(self, T: int, logits: str) -> Any:
+        program = self._programs.get((T, logits))
+        if program is None:
+            with self.ops.stream.capture() as program:
+                self._walk(T, logits)
+            self._programs[T, logits] = program
+            if len(self._programs) > _KEPT_PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end((T, logits))
+        return program
+
+    def _walk(self, T: int, logits: str) -> None:
+        """The forward pass. Shapes: x [T, D], qkv [T, (H + 2 K) d], gate_up [T, 2 F]."""
+        ops, config, cache = self.ops, self.config, self.cache
+        heads, eps = config.heads, config.norm_eps
+        positions, sequences = self._positions[:T], self._sequences[:T]
+        x, qkv, gate_up = self._x[:T], self._qkv[:T], self._gate_up[:T]
+        scale = config.head_dim**-0.5
+
+        ops.embedding(self._tokens[:T], self.embedding, x)
+        for i, layer in enumerate(self.layers):
+            k_pages, v_pages, page_table = cache.k_pages[i], cache.v_pages[i], cache.page_table
+            normed = self._input(layer.qkv, "attention_in", T)
+            ops.rmsnorm(x, layer.attention_norm, eps, normed)
+            ops.linear(normed, layer.qkv, layer.qkv_bias, None, qkv)
+            ops.rope_and_store(
+                *(qkv, heads, layer.q_norm, layer.k_norm, eps, positions, sequences, self.cos, self.sin),
+                *(k_pages, v_pages, page_table),
+            )
+            mixed = self._input(layer.output, "attention_out", T)
+            ops.attention(qkv, heads, scale, positions, sequences, k_pages, v_pages, page_table, mixed)
+            ops.linear(mixed, layer.output, layer.output_bias, x, x)
+
+            normed = self._input(layer.gate_up, "mlp_in", T)
+            ops.rmsnorm(x, layer.mlp_norm, eps, normed)
+            ops.linear(normed, layer.gate_up, layer.gate_up_bias, None, gate_up)
+            hidden = self._input(layer.down, "mlp_hidden", T)
+            ops.swiglu(gate_up, hidden)
+            ops.linear(hidden, layer.down, layer.down_bias, x, x)
+
+        if logits == "none":
+            return
+        rows = T if logits == "all" else 1
+        normed = self._input(self.head, "head_in", rows)
+        ops.rmsnorm(x[T - rows :], self.norm, eps, normed)
+        ops.linear(normed, self.head, None, None, self._logits[:rows])
+
+
+def _layers(weights: Weights) -> Iterator[Layer]:
+    for i, spec in enumerate(layer_specs(weights.config)):
+        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+
+        def matrix(prefix: str, *names: str) -> AnyMatrix:
+            return weights.matrix([f"{prefix}.{name}.weight" for name in names])
+
+        def bias(present: bool, prefix: str, *names: str) -> Any:
+            return weights.vector([f"{prefix}.{name}.bias" for name in names]) if present else None
+
+        yield Layer(
+            attention_norm=weights.vector([f"model.layers.{i}.input_layernorm.weight"]),
+            qkv=matrix(attention, "q_proj", "k_proj", "v_proj"),
+            qkv_bias=bias(spec.qkv_bias, attention, "q_proj", "k_proj", "v_proj"),
+            q_norm=weights.vector([f"{attention}.q_norm.weight"]) if spec.qk_norm else None,
+            k_norm=weights.vector([f"{attention}.k_norm.weight"]) if spec.qk_norm else None,
+            output=matrix(attention, "o_proj"),
+            output_bias=bias(spec.output_bias, attention, "o_proj"),
+            mlp_norm=weights.vector([f"model.layers.{i}.post_attention_layernorm.weight"]),
+            gate_up=matrix(mlp, "gate_proj", "up_proj"),
+            gate_up_bias=bias(spec.mlp_bias, mlp, "gate_proj", "up_proj"),
+            down=matrix(mlp, "down_proj"),
+            down_bias=bias(spec.mlp_bias, mlp, "down_proj"),
+        )
