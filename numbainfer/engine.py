@@ -79,9 +79,12 @@ class Engine:
     def ctx_size(self) -> int:
         return self.model.cache.ctx_size
 
-    def generate(self, prompt: list[int], params: SamplingParams) -> tuple[Generation, Iterator[str]]:
+    def generate(
+        self, prompt: list[int], params: SamplingParams, *, continues: bool = True
+    ) -> tuple[Generation, Iterator[str]]:
         """The generation and the pieces of its text, as they become whole; iterate to make it go on.
 
+        continues: whether the text goes on from the prompt's, so that a leading space belongs to it.
         Closing the iterator early ends it with finish_reason "cancelled". A bad prompt raises NumbaInferError at once.
         """
         if not prompt:
@@ -94,10 +97,10 @@ class Engine:
         if max(prompt) >= self.model.config.vocab_size or min(prompt) < 0:
             raise NumbaInferError(f"the prompt has token {max(prompt)}, beyond the model's vocabulary")
         generation = Generation(prompt=list(prompt))
-        return generation, self._stream(generation, params)
+        return generation, self._stream(generation, params, continues)
 
-    def _stream(self, generation: Generation, params: SamplingParams) -> Iterator[str]:
-        decoder = self.tokenizer.stream(at_start=False)
+    def _stream(self, generation: Generation, params: SamplingParams, continues: bool) -> Iterator[str]:
+        decoder = self.tokenizer.stream(at_start=not continues)
         gate = StopGate(params.stop)
         try:
             for token in self._tokens(generation, params):

@@ -87,7 +87,9 @@ class KVCache:
         del sequence.pages[keep:]
 
     def remove(self, sequence: Sequence) -> None:
-        """Gives a sequence's pages and row back."""
+        """Gives a sequence's pages and row back; it must not be used any more."""
+        if sequence.row in self._free_rows:  # the row may be another's by now
+            raise ValueError("this sequence was removed before")
         self.truncate(sequence, 0)
         self._free_rows.append(sequence.row)
 

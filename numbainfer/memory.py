@@ -27,23 +27,20 @@ class Allocator(Protocol):
     def view(self, block: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         """An array over the start of a block."""
 
-    def address(self, array: Any) -> int:
-        """Where an array's first element lies."""
-
 
 class HostAllocator:
     """Main memory, through NumPy."""
 
     def allocate(self, nbytes: int) -> np.ndarray:
-        raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+        try:
+            raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+        except ValueError:  # NumPy's answer to more bytes than an address can count
+            raise MemoryError from None
         start = -raw.ctypes.data % ALIGNMENT
         return raw[start : start + nbytes]
 
     def view(self, block: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return block[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
-
-    def address(self, array: np.ndarray) -> int:
-        return array.ctypes.data
 
 
 @dataclass
@@ -61,12 +58,14 @@ class MemoryPool:
     """Hands out arrays on one device and takes them back.
 
     `empty` gives an uninitialised array, `release` returns it; its block then serves the next array of that size
-    class. Releasing twice, or an array that is not the pool's, raises ValueError.
+    class. Releasing twice, or an array that is not the pool's (a view of one neither), raises ValueError.
     """
 
     def __init__(self, allocator: Allocator | None = None) -> None:
         self._allocator: Any = allocator or HostAllocator()
-        self._live: dict[int, tuple[Any, int]] = {}  # address of the array -> (block, block size)
+        # By identity, holding the array: an address would also match a view, or a stale array whose block serves
+        # another by now.
+        self._live: dict[int, tuple[Any, Any, int]] = {}  # id of the array -> (array, block, block size)
         self._free: dict[int, list[Any]] = {}  # block size -> blocks
         self.statistics = PoolStatistics()
 
@@ -86,7 +85,7 @@ class MemoryPool:
             self.statistics.allocations += 1
             self.statistics.reserved += size
         array = self._allocator.view(block, shape, dtype)
-        self._live[self._allocator.address(array)] = (block, size)
+        self._live[id(array)] = (array, block, size)
         self.statistics.in_use += size
         self.statistics.peak_in_use = max(self.statistics.peak_in_use, self.statistics.in_use)
         return array
@@ -99,10 +98,10 @@ class MemoryPool:
 
     def release(self, array: Any) -> None:
         """Takes an array back. Its memory is reused: views of it must not be used any more."""
-        entry = self._live.pop(self._allocator.address(array), None)
+        entry = self._live.pop(id(array), None)
         if entry is None:
             raise ValueError("this array is not the pool's, or was released before")
-        block, size = entry
+        _, block, size = entry
         self._free.setdefault(size, []).append(block)
         self.statistics.in_use -= size
 

@@ -105,6 +105,7 @@ class Model:
         self._positions[:T] = positions
         self._sequences[:T] = sequences
         if logits == "all" and len(self._logits) < T:
+            self.ops.pool.release(self._logits)
             self._logits = self.ops.pool.empty((T, self.config.vocab_size), np.float32)
             self._programs.clear()
         if self.eager:

@@ -33,7 +33,7 @@ class Matrix:
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def input_buffer(self, pool: MemoryPool, tokens: int) -> Any:
+    def input_buffer(self, pool: MemoryPool, tokens: int, planes: int = 2) -> Any:
         """Where the operator before puts this matrix's input: float32 [tokens, in]."""
         return pool.empty((tokens, self.shape[1]), np.float32)
 
@@ -54,14 +54,18 @@ class QuantizedMatrix:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
 
-    def input_buffer(self, pool: MemoryPool, tokens: int) -> QuantizedRows:
+    def input_buffer(self, pool: MemoryPool, tokens: int, planes: int = 2) -> QuantizedRows:
         """Where the operator before puts this matrix's input, quantized in the same groups."""
-        return QuantizedRows.empty(pool, tokens, self.shape[1], self.group)
+        return QuantizedRows.empty(pool, tokens, self.shape[1], self.group, planes)
 
 
 @dataclass
 class QuantizedRows:
-    """Activations as int8: codes [rows, padded] int8, scales [rows, in / group] float32, sums of codes int32.
+    """Activations as integers with a scale per group: value = scale * q.
+
+    One plane: q in -127 to 127, codes [rows, padded] int8. Two planes: q = 256 * high + low in -32512 to 32512,
+    which is as good as float32 for what follows, at twice the dot products; codes [rows, 2 * padded], a row's high
+    bytes and then its low bytes. scales [rows, in / group] float32; sums [rows, in / group] int32: of q.
 
     `rows` is rounded up to a multiple of 8 and `padded` to one of 64, so that kernels read whole tiles; the
     padding columns are zero. `tokens` rows and `width` columns hold values.
@@ -73,18 +77,32 @@ class QuantizedRows:
     tokens: int
     width: int
     group: int
+    planes: int
 
     @classmethod
-    def empty(cls, pool: MemoryPool, tokens: int, width: int, group: int) -> QuantizedRows:
+    def empty(cls, pool: MemoryPool, tokens: int, width: int, group: int, planes: int) -> QuantizedRows:
         rows, padded = -(-tokens // 8) * 8, -(-width // 64) * 64
-        codes = pool.zeros((rows, padded), np.int8)
+        codes = pool.zeros((rows, planes * padded), np.int8)
         scales = pool.zeros((rows, width // group), np.float32)
         sums = pool.zeros((rows, width // group), np.int32)
-        return cls(codes, scales, sums, tokens, width, group)
+        return cls(codes, scales, sums, tokens, width, group, planes)
 
     @property
     def shape(self) -> tuple[int, int]:
         return (self.tokens, self.width)
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one row to the next."""
+        return self.codes.shape[1]
+
+    def dequantize(self) -> np.ndarray:
+        """The values [tokens, in] in float64: for tests and for looking at them."""
+        planes = np.asarray(self.codes, np.int32)[: self.tokens].reshape(self.tokens, self.planes, -1)
+        q = planes[:, 0] if self.planes == 1 else 256 * planes[:, 0] + planes[:, 1]
+        grouped = q[:, : self.width].reshape(self.tokens, -1, self.group)
+        scales = np.asarray(self.scales, np.float64)[: self.tokens, :, None]
+        return (grouped * scales).reshape(self.tokens, self.width)
 
     def first(self, tokens: int) -> QuantizedRows:
         """The same memory, holding that many tokens."""

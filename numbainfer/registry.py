@@ -50,9 +50,10 @@ def rmsnorm(stream: Any, x: Any, weight: Any, eps: float, out: Any) -> None:
 
 @operator
 def quantize(stream: Any, x: Any, out: Any) -> None:
-    """Symmetric int8 per group: s = max|x| / 127, q = round(x / s), ties to even; a group of zeros has s = 0.
+    """Symmetric integers per group: s = max|x| / top, q = round(x / s), ties to even; a group of zeros has s = 0.
 
-    x [T, D] to QuantizedRows [T, D]: activations, scales float32. Exact against the formula in float32.
+    x [T, D] to QuantizedRows [T, D], scales float32. One plane: top = 127. Two planes: top = 127 * 256, q split into
+    high = floor((q + 128) / 256) and low = max(q - 256 * high, -127).
     """
 
 
@@ -106,7 +107,7 @@ def rope_and_store(
     qkv [T, (H + 2 K) * d]: q is rotated in place (k's and v's places keep what they had or the rotated k);
     q_norm, k_norm [d] or None; cos None: no RoPE in this layer. positions, sequences [T] int32. k_pages, v_pages
     [P, K, 64, d] float16 or float32; page_table [sequences, pages] int32: token t of sequence s at position p
-    goes to page_table[s, p // 64], slot p % 64.
+    goes to page_table[s, p // 64], slot p % 64. float16 pages: rounded to nearest even, saturated at 65504.
     """
 
 

@@ -47,7 +47,7 @@ class SamplingParams:
         require("repetition_penalty", self.repetition_penalty > 0, "above 0")
         require("max_tokens", self.max_tokens >= 0, "0 or more")
         require("seed", self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2^64 - 1")
-        require("stop", all(self.stop), "texts that are not empty")
+        require("stop", not isinstance(self.stop, str) and all(self.stop), "texts that are not empty")
 
     @classmethod
     def names(cls) -> list[str]:
@@ -84,16 +84,19 @@ class Sampler:
         if p.temperature == 0:
             return best
         if 0 < p.top_k < logits.size:
-            candidates = np.argpartition(logits, -p.top_k)[-p.top_k :]
-        elif p.min_p > 0:
-            # What min_p drops anyway need not be sorted: p_i / p_max = e^((l_i - l_max) / temperature)
+            # All that equal the k-th largest, until sorting has told which of them have the lower ids
+            candidates = np.flatnonzero(logits >= np.partition(logits, -p.top_k)[-p.top_k])
+        elif p.min_p > 0 and p.top_p == 1:
+            # What min_p drops anyway need not be sorted: p_i / p_max = e^((l_i - l_max) / temperature).
+            # Not so with top_p, which comes before it and counts the probability of all.
             candidates = np.flatnonzero(logits >= logits[best] + p.temperature * math.log(p.min_p))
         else:
             candidates = np.arange(logits.size)
         # Sorted by falling logit, the lower id first among equals, so that a seed gives one text everywhere.
-        candidates = candidates[np.lexsort((candidates, -logits[candidates]))]
-        scaled = logits[candidates].astype(np.float64) / p.temperature
-        weights = np.exp(scaled - scaled[0])
+        candidates = candidates[np.lexsort((candidates, -logits[candidates]))][: p.top_k or None]
+        below = logits[candidates].astype(np.float64) - float(logits[best])
+        with np.errstate(over="ignore"):  # a temperature near zero makes all others infinitely less likely
+            weights = np.exp(below / p.temperature)
         weights /= weights.sum()
         if p.top_p < 1:
             before = np.cumsum(weights) - weights  # what the more likely ones reach without this one

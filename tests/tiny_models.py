@@ -107,13 +107,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_untied": _config(QWEN3, (3, 72, 6, 2, 100, 97), tied=False, eps=1e-2, theta=1e5, head_dim=8),
 }
 
+# Without goldens: their widths take int8 groups. One model all in groups of 64, one whose MLP needs 32, and one
+# of 32, 64 and none (172), which has to stay floating point beside int8.
+INT8_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama_int8": _config(LLAMA, (2, 128, 4, 2, 192, 257), tied=True, eps=1e-5, theta=1e4),
+    "qwen2_int8": _config(QWEN2, (2, 64, 4, 2, 160, 151), tied=False, eps=1e-6, theta=1e6),
+    "qwen3_mixed": _config(QWEN3, (2, 96, 4, 2, 172, 97), tied=False, eps=1e-6, theta=1e6, head_dim=16),
+}
+_ALL_CONFIGS = {**CONFIGS, **INT8_CONFIGS}
+
 
 def hf_config(name: str, *, dtype: str = "float32", style: int = 4) -> dict[str, Any]:
     """The model's config.json as transformers of that major version writes it.
 
     4 says `rope_theta`, `rope_scaling` and `torch_dtype`; 5 says `rope_parameters` and `dtype`.
     """
-    config = dict(CONFIGS[name])
+    config = dict(_ALL_CONFIGS[name])
     if style == 4:
         return {**config, "torch_dtype": dtype, "transformers_version": "4.51.0"}
     if style != 5:
@@ -129,7 +138,7 @@ def head_dim(config: dict[str, Any]) -> int:
 
 def shapes(name: str) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint, under its Hugging Face name; a tied head has none of its own."""
-    config = CONFIGS[name]
+    config = _ALL_CONFIGS[name]
     family = config["model_type"]
     hidden, intermediate, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     q_width = config["num_attention_heads"] * head_dim(config)

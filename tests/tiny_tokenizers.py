@@ -103,6 +103,15 @@ def byte_level(pre: str) -> Tokenizer:
 
 
 @lru_cache
+def letters() -> bytes:
+    """A tokenizer.json whose tokens are the 94 visible ASCII characters, for models with a vocabulary of 97 or more."""
+    tokenizer = Tokenizer(models.BPE({chr(33 + index): index for index in range(94)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer.to_str().encode()
+
+
+@lru_cache
 def sentencepiece_model() -> bytes:
     """A sentencepiece BPE of 500 tokens with byte fallback, as LLaMA 2's is: <unk> 0, <s> 1, </s> 2."""
     out = io.BytesIO()

@@ -63,10 +63,12 @@ def argument_type(value: Any) -> Any:
     Arrays become pointers, None a null float32 pointer, ints int64, floats float32.
     """
     if isinstance(value, np.ndarray):
+        if value.dtype not in _POINTERS or not value.flags.c_contiguous:
+            raise ValueError(f"kernels take no {value.dtype} array with strides {value.strides}, shape {value.shape}")
         return _POINTERS[value.dtype]
     if value is None:
         return _POINTERS[np.dtype(np.float32)]
-    return types.float32 if isinstance(value, float) else types.int64
+    return types.float32 if isinstance(value, (float, np.floating)) else types.int64
 
 
 class Kernel:
@@ -75,11 +77,9 @@ class Kernel:
     def __init__(self, function: Callable) -> None:
         self.function = function
         self.__doc__ = function.__doc__
-        # A kernel made by a factory is told apart by the constants that it closes over.
-        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        constants = ((k, c.cell_contents) for k, c in cells)
-        suffix = ",".join(f"{k}={v}" for k, v in constants if isinstance(v, (int, str)))
-        self.name = f"{function.__module__}.{function.__name__}" + (f"[{suffix}]" if suffix else "")
+        constants = _closed_over(function)
+        suffix = ",".join(f"{name}={value}" for name, value in sorted(constants.items()))
+        self.name = f"{function.__module__}.{function.__qualname__}" + (f"[{suffix}]" if suffix else "")
         self._entries: dict[tuple, int] = {}
 
     def entry(self, argument_types: tuple) -> int:
@@ -98,9 +98,9 @@ class Kernel:
         try:
             header, code = self._cache_path(argument_types).read_bytes().split(b"\n", 1)
             facts = json.loads(header)
-            intact = facts["sha256"] == hashlib.sha256(code).hexdigest()
+            intact = facts["sha256"] == _checksum(facts["symbol"], code)
             return (facts["symbol"], code) if intact else None
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None  # absent, unreadable or cut short: compile again
 
     def _compile(self, argument_types: tuple) -> tuple[str, bytes]:
@@ -114,9 +114,30 @@ class Kernel:
         compiled_seconds += time.perf_counter() - start
         symbol = entry.native_name
         _, _, (code, _) = entry._library.serialize_using_object_code()
-        header = json.dumps({"symbol": symbol, "sha256": hashlib.sha256(code).hexdigest()})
+        header = json.dumps({"symbol": symbol, "sha256": _checksum(symbol, code)})
         _write_atomically(self._cache_path(argument_types), header.encode() + b"\n" + code)
         return symbol, code
+
+
+def _checksum(symbol: str, code: bytes) -> str:
+    """Covers the symbol too: the address of a damaged name would be 0, and calling it the end of the process."""
+    return hashlib.sha256(f"{symbol}\n".encode() + code).hexdigest()
+
+
+def _closed_over(function: Callable) -> dict[str, Any]:
+    """The constants that tell apart the kernels made by one factory: what the function closes over, and what the
+    functions that it closes over do."""
+    constants: dict[str, Any] = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        value = cell.cell_contents
+        inner = getattr(value, "py_func", value)
+        if isinstance(value, (bool, int, float, str)):
+            constants[name] = value
+        elif callable(inner) and hasattr(inner, "__code__"):
+            for inner_name, constant in _closed_over(inner).items():
+                if constants.setdefault(inner_name, constant) != constant:
+                    raise ValueError(f"{function.__qualname__} closes over two values of {inner_name}")
+    return constants
 
 
 def kernel(function: Callable) -> Kernel:
@@ -173,7 +194,7 @@ def _prepare_linker() -> None:
 def _link(symbol: str, code: bytes) -> int:
     """Loads an object file and returns the address of `symbol` in it.
 
-    Every object has a linker of its own (0.3 ms): Numba numbers the symbols of a process in order of compilation, so
+    Every object has a linker of its own (1 ms): Numba numbers the symbols of a process in order of compilation, so
     objects that different processes left in the cache use the same names for different functions.
     """
     _prepare_linker()

@@ -10,7 +10,7 @@ from numpy import float32
 
 from numbainfer.cpu.compile import kernel
 from numbainfer.cpu.launch import Stream
-from numbainfer.cpu.quantize import check_rows, quantize_row
+from numbainfer.cpu.quantize import check_rows, quantize_row, row_arguments
 from numbainfer.cpu.simd import (
     advance,
     exp,
@@ -85,10 +85,11 @@ def _rmsnorm(task, worker, x, weight, width, eps, out):
 
 
 @kernel
-def _rmsnorm_quantize(task, worker, x, weight, width, eps, group, codes, stride, scales, sums, scratch, floats):
-    row = advance(scratch, worker * floats)
+def _rmsnorm_quantize(task, worker, x, weight, width, eps, group, planes, codes, stride, scales, sums, scratch, floats):
+    row, at = advance(scratch, worker * floats), task * (width // group)
     norm_row(advance(x, task * width), weight, width, eps, row)
-    quantize_row(row, 0, width, group, codes, task * stride, scales, sums, task * (width // group))
+    codes = advance(codes, task * stride)
+    quantize_row(row, width, group, planes, codes, stride // planes, advance(scales, at), advance(sums, at))
 
 
 def rmsnorm(stream: Stream, x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray | QuantizedRows) -> None:
@@ -99,8 +100,8 @@ def rmsnorm(stream: Stream, x: np.ndarray, weight: np.ndarray, eps: float, out: 
     if isinstance(out, QuantizedRows):
         check_rows(out, tokens, width)
         scratch = stream.scratch(width)
-        arrays = (x, weight, width, eps, out.group, out.codes, out.codes.shape[1], out.scales, out.sums)
-        stream.launch(_rmsnorm_quantize, tokens, *arrays, scratch, scratch.shape[1])
+        arrays = (x, weight, width, eps, *row_arguments(out), scratch, scratch.shape[1])
+        stream.launch(_rmsnorm_quantize, tokens, *arrays)
     else:
         stream.launch(_rmsnorm, tokens, x, weight, width, eps, out)
 
@@ -124,16 +125,16 @@ def _swiglu(task, worker, gate_up, width, out):
 
 @kernel
 def _swiglu_quantize(
-    task, worker, gate_up, width, per_task, parts, group, codes, stride, scales, sums, scratch, floats
+    task, worker, gate_up, width, per_task, parts, group, planes, codes, stride, scales, sums, scratch, floats
 ):
     # A row is split into parts of whole groups, so that one token's work spreads over the cores.
     token, first = task // parts, task % parts * per_task
     columns = min(per_task, width - first)
     gate = advance(gate_up, token * 2 * width + first)
-    row = advance(scratch, worker * floats)
+    row, at = advance(scratch, worker * floats), token * (width // group) + first // group
     _swiglu_row(gate, advance(gate, width), columns, row)
-    at = token * (width // group) + first // group
-    quantize_row(row, 0, columns, group, codes, token * stride + first, scales, sums, at)
+    codes = advance(codes, token * stride + first)
+    quantize_row(row, columns, group, planes, codes, stride // planes, advance(scales, at), advance(sums, at))
 
 
 def swiglu(stream: Stream, gate_up: np.ndarray, out: np.ndarray | QuantizedRows) -> None:
@@ -146,18 +147,8 @@ def swiglu(stream: Stream, gate_up: np.ndarray, out: np.ndarray | QuantizedRows)
         per_task = 1024  # a multiple of every group; about 1 us of work
         parts = -(-width // per_task)
         scratch = stream.scratch(per_task)
-        arrays = (
-            gate_up,
-            width,
-            per_task,
-            parts,
-            out.group,
-            out.codes,
-            out.codes.shape[1],
-            out.scales,
-            out.sums,
-        )
-        stream.launch(_swiglu_quantize, tokens * parts, *arrays, scratch, scratch.shape[1])
+        arrays = (gate_up, width, per_task, parts, *row_arguments(out), scratch, scratch.shape[1])
+        stream.launch(_swiglu_quantize, tokens * parts, *arrays)
     else:
         stream.launch(_swiglu, tokens, gate_up, width, out)
 

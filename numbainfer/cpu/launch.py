@@ -26,6 +26,7 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from numbainfer.cpu import compile
 from numbainfer.cpu.compile import Kernel, argument_type, kernel
 
 ARGUMENTS = 22  # the most arguments that a kernel may take
@@ -148,7 +149,7 @@ class Program:
             if isinstance(value, np.ndarray):
                 self._arrays.append(value)
                 words.append(value.ctypes.data)
-            elif isinstance(value, float):
+            elif isinstance(value, (float, np.floating)):
                 words.append(struct.unpack("<i", struct.pack("<f", value))[0])
             else:
                 words.append(0 if value is None else int(value))
@@ -178,6 +179,11 @@ class Stream:
         self._capturing: Program | None = None
         self._scratch = np.empty(0, np.float32)
         self._buffer = np.empty(0, np.float32)
+
+    @property
+    def compile_seconds(self) -> float:
+        """What compiling kernels took in this process so far; 0 when all came from the cache."""
+        return compile.compiled_seconds
 
     def launch(self, kernel: Kernel, tasks: int, *arguments: Any) -> None:
         """Runs (or captures) kernel(task, worker, *arguments) for every task in range(tasks)."""

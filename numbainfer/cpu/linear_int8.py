@@ -36,6 +36,7 @@ from numbainfer.cpu.simd import (
     splat2,
     splat_i32,
     store_word,
+    times256,
     to_f32,
 )
 from numbainfer.cpu.tile import (
@@ -43,9 +44,11 @@ from numbainfer.cpu.tile import (
     TILE_TOKENS,
     tile_add_scaled,
     tile_dot,
+    tile_next_plane,
     tile_spill,
     tile_start,
     tile_zero,
+    tile_zero_i32,
 )
 from numbainfer.quantization import GROUPS, QuantizedMatrix, QuantizedRows
 
@@ -55,15 +58,17 @@ AHEAD = 2048  # bytes of prefetch distance
 ROW_FORM_TOKENS = 8
 
 
-@njit
-def _block(w, x, i, width):
-    """float32 sums of products of columns i to i + 63; the last block of a row may have 32 columns."""
-    weights = load_i8(w, i) if width - i >= 64 else load_i8_half(w, i)
-    return to_f32(dot4(splat_i32(int32(0)), weights, load_i8(x, i)))
-
-
-def _make_row_kernels(group: int) -> tuple[Kernel, Kernel]:
+def _make_row_kernels(group: int, planes: int) -> tuple[Kernel, Kernel]:
     """The row form for one token, and for four at a time."""
+
+    @njit
+    def block(w, x, low, i, width):
+        """float32 sums of products of columns i to i + 63; the last block of a row may have 32 columns."""
+        weights = load_i8(w, i) if width - i >= 64 else load_i8_half(w, i)
+        d = dot4(splat_i32(int32(0)), weights, load_i8(x, i))
+        if planes == 2:
+            d = dot4(times256(d), weights, load_i8(x, low + i))
+        return to_f32(d)
 
     @njit
     def factor(ws, xs, i, width):
@@ -84,14 +89,14 @@ def _make_row_kernels(group: int) -> tuple[Kernel, Kernel]:
         return total * float32(OFFSET)
 
     @kernel
-    def gemv(task, worker, w, ws, x, xs, sums, bias, residual, flags, y, rows, width, per_task):
+    def gemv(task, worker, w, ws, x, low, xs, sums, bias, residual, flags, y, rows, width, per_task):
         groups = width // group
         for row in range(task * per_task, min(rows, (task + 1) * per_task)):
             w_row, ws_row = advance(w, row * width), advance(ws, row * groups)
             acc = splat(float32(0))
             for i in range(0, width, 64):
                 prefetch(w_row, i + AHEAD)
-                acc = fma(_block(w_row, x, i, width), factor(ws_row, xs, i, width), acc)
+                acc = fma(block(w_row, x, low, i, width), factor(ws_row, xs, i, width), acc)
             value = hsum(acc) - surplus(ws_row, xs, sums, groups)
             if flags & 1:
                 value += bias[row]
@@ -100,8 +105,8 @@ def _make_row_kernels(group: int) -> tuple[Kernel, Kernel]:
             y[row] = value
 
     @kernel
-    def gemv4(task, worker, w, ws, x, xs, sums, bias, residual, flags, y, rows, width, per_task, tokens, stride):
-        groups = width // group
+    def gemv4(task, worker, w, ws, x, low, xs, sums, bias, residual, flags, y, rows, width, per_task, tokens):
+        groups, stride = width // group, planes * low
         for first in range(0, tokens, 4):  # rows of x are padded to 8, so four may always be read
             x0 = advance(x, first * stride)
             x1, x2, x3 = advance(x0, stride), advance(x0, 2 * stride), advance(x0, 3 * stride)
@@ -114,10 +119,10 @@ def _make_row_kernels(group: int) -> tuple[Kernel, Kernel]:
                 a0 = a1 = a2 = a3 = splat(float32(0))
                 for i in range(0, width, 64):
                     prefetch(w_row, i + AHEAD)
-                    a0 = fma(_block(w_row, x0, i, width), factor(ws_row, s0, i, width), a0)
-                    a1 = fma(_block(w_row, x1, i, width), factor(ws_row, s1, i, width), a1)
-                    a2 = fma(_block(w_row, x2, i, width), factor(ws_row, s2, i, width), a2)
-                    a3 = fma(_block(w_row, x3, i, width), factor(ws_row, s3, i, width), a3)
+                    a0 = fma(block(w_row, x0, low, i, width), factor(ws_row, s0, i, width), a0)
+                    a1 = fma(block(w_row, x1, low, i, width), factor(ws_row, s1, i, width), a1)
+                    a2 = fma(block(w_row, x2, low, i, width), factor(ws_row, s2, i, width), a2)
+                    a3 = fma(block(w_row, x3, low, i, width), factor(ws_row, s3, i, width), a3)
                 values = (
                     hsum(a0) - surplus(ws_row, s0, n0, groups),
                     hsum(a1) - surplus(ws_row, s1, n1, groups),
@@ -153,27 +158,9 @@ def _pack(w, ws, valid, width, groups, panel, scales):
                 scales[g * TILE_ROWS + r] = float32(0)
 
 
-def _make_panel_kernel(group: int) -> Kernel:
+def _make_panel_kernel(group: int, planes: int) -> Kernel:
     @kernel
-    def gemm(
-        task,
-        worker,
-        w,
-        ws,
-        x,
-        xs,
-        sums,
-        bias,
-        residual,
-        flags,
-        y,
-        rows,
-        width,
-        tokens,
-        stride,
-        scratch,
-        floats,
-    ):
+    def gemm(task, worker, w, ws, x, low, xs, sums, bias, residual, flags, y, rows, width, tokens, scratch, floats):
         groups = width // group
         first = task * TILE_ROWS
         valid = min(TILE_ROWS, rows - first)
@@ -182,12 +169,20 @@ def _make_panel_kernel(group: int) -> Kernel:
         panel = as_bytes(advance(scales, groups * TILE_ROWS))
         _pack(advance(w, first * width), advance(ws, first * groups), valid, width, groups, panel, scales)
         for token in range(0, tokens, TILE_TOKENS):  # rows of x are padded to 8, so a whole tile may be read
-            x_tile, group_at = advance(x, token * stride), token * groups
+            x_tile, group_at = advance(x, token * planes * low), token * groups
             acc = tile_zero()
             for g in range(groups):
-                d = tile_start(advance(sums, group_at + g), groups)
-                for k in range(g * group, (g + 1) * group, 4):
-                    d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, k), stride)
+                if planes == 2:
+                    d = tile_zero_i32()
+                    for k in range(g * group, (g + 1) * group, 4):
+                        d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, k), 2 * low)
+                    d = tile_next_plane(d, advance(sums, group_at + g), groups)
+                    for k in range(g * group, (g + 1) * group, 4):
+                        d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, low + k), 2 * low)
+                else:
+                    d = tile_start(advance(sums, group_at + g), groups)
+                    for k in range(g * group, (g + 1) * group, 4):
+                        d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, k), low)
                 acc = tile_add_scaled(acc, d, advance(scales, g * TILE_ROWS), advance(xs, group_at + g), groups)
             tile_spill(acc, corner)
             for j in range(min(TILE_TOKENS, tokens - token)):
@@ -203,8 +198,8 @@ def _make_panel_kernel(group: int) -> Kernel:
     return gemm
 
 
-_ROW_KERNELS = {group: _make_row_kernels(group) for group in GROUPS}
-_PANEL_KERNELS = {group: _make_panel_kernel(group) for group in GROUPS}
+_ROW_KERNELS = {(g, planes): _make_row_kernels(g, planes) for g in GROUPS for planes in (1, 2)}
+_PANEL_KERNELS = {(g, planes): _make_panel_kernel(g, planes) for g in GROUPS for planes in (1, 2)}
 
 
 def linear_int8(
@@ -221,21 +216,21 @@ def linear_int8(
     if x.group != group or out.shape != (tokens, rows):
         raise ValueError(f"linear: x {x.shape} of group {x.group}, weight {weight.shape} of group {group}, {out.shape}")
     flags = (bias is not None) + 2 * (residual is not None)
-    arrays = (weight.codes, weight.scales, x.codes, x.scales, x.sums, bias, residual, flags, out, rows, width)
-    stride = x.codes.shape[1]
+    low = x.stride // x.planes  # where a row's low bytes begin
+    arrays = (weight.codes, weight.scales, x.codes, low, x.scales, x.sums, bias, residual, flags, out, rows, width)
     if tokens > ROW_FORM_TOKENS:
         floats = TILE_TOKENS * TILE_ROWS + (width // group) * TILE_ROWS + width * TILE_ROWS // 4
         scratch = stream.scratch(floats)
         tasks = -(-rows // TILE_ROWS)
-        stream.launch(_PANEL_KERNELS[group], tasks, *arrays, tokens, stride, scratch, scratch.shape[1])
+        stream.launch(_PANEL_KERNELS[group, x.planes], tasks, *arrays, tokens, scratch, scratch.shape[1])
         return
     per_task = rows_per_task(rows, width, stream.threads)
     tasks = -(-rows // per_task)
-    gemv, gemv4 = _ROW_KERNELS[group]
+    gemv, gemv4 = _ROW_KERNELS[group, x.planes]
     if tokens == 1:
         stream.launch(gemv, tasks, *arrays, per_task)
     else:
-        stream.launch(gemv4, tasks, *arrays, per_task, tokens, stride)
+        stream.launch(gemv4, tasks, *arrays, per_task, tokens)
 
 
 def rows_per_task(rows: int, row_bytes: int, threads: int) -> int:

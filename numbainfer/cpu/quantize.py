@@ -10,10 +10,15 @@ from numbainfer.cpu.compile import kernel
 from numbainfer.cpu.launch import Stream
 from numbainfer.cpu.simd import (
     absolute,
+    advance,
+    count_up,
     get,
+    high_byte,
     hmax,
+    hsum,
     hsum_i32,
     load,
+    low_byte,
     maximum,
     next_up,
     put,
@@ -21,40 +26,57 @@ from numbainfer.cpu.simd import (
     splat,
     splat_i32,
     store_i8x16,
+    times256,
 )
 from numbainfer.quantization import QuantizedMatrix, QuantizedRows
 
 
 @njit
-def quantize_row(x, base, width, group, codes, code_base, scales, sums, group_base):
-    """x[base : base + width] to codes[code_base :], and a scale and a sum of codes per group from group_base on."""
+def quantize_row(x, width, group, planes, codes, low, scales, sums):
+    """x[width] to one row of codes (low bytes from `low` on, for two planes), scales and sums."""
     for g in range(width // group):
-        start = base + g * group
-        largest = absolute(load(x, start))
-        for i in range(16, group, 16):
-            largest = maximum(largest, absolute(load(x, start + i)))
+        largest = absolute(load(x, g * group))
+        for i in range(g * group + 16, (g + 1) * group, 16):
+            largest = maximum(largest, absolute(load(x, i)))
         m = hmax(largest)
-        # 127 / m must stay finite, so a group of values under 1e-35 counts as zeros
-        inverse = splat(float32(127) / m if m > float32(1e-35) else float32(0))
+        top = float32(127) if planes == 1 else float32(127 * 256)
+        # top / m must stay finite, so a group of values under 1e-33 counts as zeros
+        inverse = splat(top / m if m > float32(1e-33) else float32(0))
         total = splat_i32(int32(0))
-        for i in range(0, group, 16):
-            q = round_i32(load(x, start + i) * inverse)
-            total = total + q
-            store_i8x16(codes, code_base + g * group + i, q)
-        scales[group_base + g] = m / float32(127)
-        sums[group_base + g] = hsum_i32(total)
+        for i in range(g * group, (g + 1) * group, 16):
+            q = round_i32(load(x, i) * inverse)
+            if planes == 2:
+                high = high_byte(q)
+                low_part = low_byte(q, high)
+                store_i8x16(codes, i, high)
+                store_i8x16(codes, low + i, low_part)
+                total = total + times256(high) + low_part
+            else:
+                store_i8x16(codes, i, q)
+                total = total + q
+        scales[g] = m / top
+        sums[g] = hsum_i32(total)
 
 
 @kernel
-def _quantize(task, worker, x, width, group, codes, code_stride, scales, sums):
-    quantize_row(x, task * width, width, group, codes, task * code_stride, scales, sums, task * (width // group))
+def _quantize(task, worker, x, width, group, planes, codes, stride, scales, sums):
+    groups = width // group
+    row, at = advance(codes, task * stride), task * groups
+    quantize_row(
+        advance(x, task * width), width, group, planes, row, stride // planes, advance(scales, at), advance(sums, at)
+    )
 
 
 def quantize(stream: Stream, x: np.ndarray, out: QuantizedRows) -> None:
     """See registry.quantize. A task is a row."""
     tokens, width = x.shape
     check_rows(out, tokens, width)
-    stream.launch(_quantize, tokens, x, width, out.group, out.codes, out.codes.shape[1], out.scales, out.sums)
+    stream.launch(_quantize, tokens, x, width, *row_arguments(out))
+
+
+def row_arguments(rows: QuantizedRows) -> tuple:
+    """(group, planes, codes, stride, scales, sums), as kernels that quantize take them."""
+    return (rows.group, rows.planes, rows.codes, rows.stride, rows.scales, rows.sums)
 
 
 def check_rows(rows: QuantizedRows, tokens: int, width: int) -> None:
@@ -75,13 +97,12 @@ def _quantize_matrix(task, worker, x, rows, width, group, rows_per_task, codes, 
                 largest = maximum(largest, absolute(v))
                 check = check + v * splat(float32(0))  # NaN if any value is NaN or infinite
             m = hmax(largest)
-            finite = hmax(absolute(check)) == 0 and m < float32(3.4e38)
             at = row * (width // group) + g
-            if not finite:
-                faults[0] = 1
+            if hsum(check) != 0:  # a sum: maxima may drop a NaN
+                count_up(faults, 0)
                 m = float32(0)
             elif m > float32(65504 * 127):
-                faults[1] = 1
+                count_up(faults, 1)
                 m = float32(0)
             put(scales, at, m / float32(127))
             # Scales below 6e-5 are float16 subnormals, rounded to coarse steps: take the next step up where the

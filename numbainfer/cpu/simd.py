@@ -102,14 +102,20 @@ def _address(builder: Any, pointer: Any, index: Any, vector_type: ir.Type) -> An
 
 
 def _widen_half(builder: Any, bits: Any) -> Any:
-    """float16 bits [16 x i16] to float32; without F16C by scaling with 2^112, which is exact (subnormals too)."""
+    """float16 bits [16 x i16] to float32; without F16C by scaling with 2^112, which is exact (subnormals too).
+
+    Scaling makes infinity and NaN, exponent 31 in float16, numbers from 2^16 on: their exponent becomes float32's 255.
+    """
     if detect().half_convert:
         return builder.fpext(builder.bitcast(bits, _F16x16), F32x16.llvm)
     wide = builder.zext(bits, I32x16.llvm)
     magnitude = builder.shl(builder.and_(wide, _constant(I32x16.llvm, 0x7FFF)), _constant(I32x16.llvm, 13))
     scaled = builder.fmul(builder.bitcast(magnitude, F32x16.llvm), _constant(F32x16.llvm, 2.0**112))
+    special = builder.icmp_unsigned(">=", magnitude, _constant(I32x16.llvm, 0x7C00 << 13))
+    exponent = builder.select(special, _constant(I32x16.llvm, 0x7F800000), _constant(I32x16.llvm, 0))
     sign = builder.shl(builder.and_(wide, _constant(I32x16.llvm, 0x8000)), _constant(I32x16.llvm, 16))
-    return builder.bitcast(builder.or_(builder.bitcast(scaled, I32x16.llvm), sign), F32x16.llvm)
+    bits = builder.or_(builder.bitcast(scaled, I32x16.llvm), builder.or_(exponent, sign))
+    return builder.bitcast(bits, F32x16.llvm)
 
 
 def _narrow_half(builder: Any, value: Any) -> Any:
@@ -325,6 +331,27 @@ def round_i32(builder: Any, a: Any) -> Any:
     return builder.fptosi(_call(builder, "llvm.rint.v16f32", F32x16.llvm, a), I32x16.llvm)
 
 
+@_define(I32x16, I32x16)
+def high_byte(builder: Any, q: Any) -> Any:
+    """q / 256 rounded to nearest: -127 to 127 for q in -32512 to 32512."""
+    half, eight = _constant(I32x16.llvm, 128), _constant(I32x16.llvm, 8)
+    return builder.ashr(builder.add(q, half), eight)
+
+
+@_define(I32x16, I32x16, I32x16)
+def low_byte(builder: Any, q: Any, high: Any) -> Any:
+    """q - 256 * high, -127 to 127 (-128, which some dot products can't negate, becomes -127)."""
+    low = builder.sub(q, builder.shl(high, _constant(I32x16.llvm, 8)))
+    least = _constant(I32x16.llvm, -127)
+    return builder.select(builder.icmp_signed("<", low, least), least, low)
+
+
+@_define(I32x16, I32x16)
+def times256(builder: Any, a: Any) -> Any:
+    """256 * a"""
+    return builder.shl(a, _constant(I32x16.llvm, 8))
+
+
 @_define(F32x16, I32x16)
 def power_of_two(builder: Any, n: Any) -> Any:
     """2^n for n from -126 to 127, made by writing the exponent field."""
@@ -386,6 +413,12 @@ def store_word(builder: Any, pointer: Any, index: Any, value: Any) -> None:
 def load_word(builder: Any, pointer: Any, index: Any) -> Any:
     """The 4 bytes from pointer[index] on as an int32."""
     return builder.load(_address(builder, pointer, index, _i32), align=1)
+
+
+@_define(types.void, _P32, types.int64)
+def count_up(builder: Any, pointer: Any, index: Any) -> None:
+    """Adds 1 to pointer[index], where other workers may do the same."""
+    builder.atomic_rmw("add", builder.gep(pointer, [index]), ir.Constant(_i32, 1), "monotonic")
 
 
 @_define(types.void, _P8, types.int64)

@@ -70,6 +70,24 @@ def tile_zero(builder: Any, tile: list) -> list:
 @_tile_intrinsic(_I_TILE, _P32, types.int64)
 def tile_start(builder: Any, tile: list, sums: Any, stride: Any) -> list:
     """An int32 tile that starts at -weight_offset * sums[token * stride]: the offset's surplus, taken back for free."""
+    return _surplus(builder, sums, stride)
+
+
+@_tile_intrinsic(_I_TILE)
+def tile_zero_i32(builder: Any, tile: list) -> list:
+    """A tile of int32 zeros."""
+    return [ir.Constant(I32x16.llvm, [0] * 16)] * (2 * TILE_TOKENS)
+
+
+@_tile_intrinsic(_I_TILE, _I_TILE, _P32, types.int64)
+def tile_next_plane(builder: Any, tile: list, sums: Any, stride: Any) -> list:
+    """256 * tile - weight_offset * sums[token * stride]: from the high bytes' dot products to the low bytes'."""
+    eight = ir.Constant(I32x16.llvm, [8] * 16)
+    starts = _surplus(builder, sums, stride)
+    return [builder.add(builder.shl(d, eight), start) for d, start in zip(tile, starts, strict=True)]
+
+
+def _surplus(builder: Any, sums: Any, stride: Any) -> list:
     out = []
     for token in range(TILE_TOKENS):
         total = _scalar(builder, sums, token, stride)

@@ -1,0 +1,148 @@
+"""What `numbainfer run` does with a loaded model: one reply, or a conversation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from numbainfer import chat
+from numbainfer.console import note
+from numbainfer.engine import Generation
+from numbainfer.errors import NumbaInferError
+from numbainfer.loading import LoadedModel
+from numbainfer.sampling import SamplingParams
+
+# Where neither the user nor the model's generation_config says otherwise.
+DEFAULTS: dict[str, Any] = {
+    "temperature": 0.7,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "seed": None,
+}
+
+
+class Session:
+    """A loaded model with the options of one command. An instruct model's template is applied unless `raw`."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        raw: bool,
+        system: str | None,
+        max_tokens: int,
+        stop: tuple[str, ...],
+        sampling: dict[str, Any],
+    ) -> None:
+        self.engine = loaded.engine
+        self.tokenizer = loaded.engine.tokenizer
+        self.templated = not raw and self.tokenizer.chat_template is not None
+        if system is not None and not self.templated:
+            raise NumbaInferError("--system needs a chat model, and no --raw")
+        self.conversation = chat.Conversation(system)
+        model = loaded.generation_config if loaded.generation_config.get("do_sample", True) else {"temperature": 0.0}
+        chosen = {}
+        for name, default in DEFAULTS.items():
+            given, own = sampling.get(name), model.get(name)
+            chosen[name] = given if given is not None else own if _is_number(own) else default
+        self.params = SamplingParams(**chosen, max_tokens=max_tokens, stop=stop)
+
+    def prompt_tokens(self, text: str) -> list[int]:
+        """The tokens that ask for a reply to `text`, after the conversation so far."""
+        if not self.templated:
+            return self.tokenizer.encode(text)
+        self.conversation.user(text)
+        return self.tokenizer.encode(chat.render(self.tokenizer, self.conversation.messages()))
+
+    def stream(self, tokens: list[int], *, echo: bool = True) -> Generation:
+        """Generates, printing pieces to stdout as they come. Ctrl-C ends the reply: finish_reason "cancelled"."""
+        generation, pieces = self.engine.generate(tokens, self.params, continues=not self.templated)
+        try:
+            for piece in pieces:
+                if echo:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            pieces.close()  # type: ignore[attr-defined]
+            generation.finish_reason = "cancelled"
+        return generation
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def reply(session: Session, prompt: str, *, show_statistics: bool, as_json: bool) -> int:
+    """One reply to stdout; returns the exit code."""
+    generation = session.stream(session.prompt_tokens(prompt), echo=not as_json)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "prompt_tokens": generation.prompt,
+                    "tokens": generation.tokens,
+                    "text": generation.text,
+                    "finish_reason": generation.finish_reason,
+                    "stats": generation.statistics.as_dict(),
+                },
+                ensure_ascii=False,
+            )
+        )
+    else:
+        print(flush=True)
+    _report(session, generation, show_statistics)
+    return 130 if generation.finish_reason == "cancelled" else 0
+
+
+def chat_loop(session: Session, first: str | None, *, show_statistics: bool) -> None:
+    """Turn after turn until /exit or the end of input. The KV cache keeps what was said."""
+    note("/reset forgets the conversation, /exit (or Ctrl-D) ends it; Ctrl-C stops a reply")
+    if not session.templated:
+        note("this model has no chat template (or --raw): each line is continued as text")
+    pending = first
+    while True:
+        if pending is None:
+            try:
+                pending = input("> " if sys.stdin.isatty() else "")
+            except (EOFError, KeyboardInterrupt):
+                return
+        text, pending = pending.strip(), None
+        if text in ("/exit", "/quit"):
+            return
+        if text == "/reset":
+            session.conversation.clear()
+        elif text.startswith("/"):
+            note(f"unknown command {text.split()[0]}: /reset and /exit are known")
+        elif text:
+            _turn(session, text, show_statistics)
+
+
+def _turn(session: Session, text: str, show_statistics: bool) -> None:
+    try:
+        generation = session.stream(session.prompt_tokens(text))
+    except NumbaInferError as error:
+        note(f"error: {error}")
+        if session.templated:
+            session.conversation.undo()
+        return
+    print(flush=True)
+    if session.templated:
+        session.conversation.assistant(generation.text)
+    _report(session, generation, show_statistics)
+
+
+def _report(session: Session, generation: Generation, show_statistics: bool) -> None:
+    if generation.context_full:
+        note(f"the context of {session.engine.ctx_size} tokens is full; --ctx-size gives more")
+    if not show_statistics:
+        return
+    s = generation.statistics
+    cached = f", {s.cached_tokens} of them cached" if s.cached_tokens else ""
+    note(
+        f"[prompt {s.prompt_tokens} tokens{cached}, {s.prompt_tokens_per_second:.1f} tok/s | "
+        f"reply {s.tokens} tokens, {s.decode_tokens_per_second:.1f} tok/s | "
+        f"first token {s.time_to_first_token:.2f} s | seed {s.seed} | {generation.finish_reason}]"
+    )

@@ -1,0 +1,356 @@
+"""The command line: parsing and printing only.
+
+Results go to stdout, everything else to stderr. Exit codes: 0; 1 for a failure, with one line "error: ..."; 2 for wrong
+usage; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from numbainfer._version import __version__
+from numbainfer.errors import NumbaInferError
+
+ARCHITECTURES = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b")
+SOURCES = "a converted directory, a Hugging Face checkpoint directory, a .gguf or a llama2.c .bin"
+
+
+def main() -> None:
+    """Entry point of the `numbainfer` command."""
+    debug = "--debug" in sys.argv
+    try:
+        code = commands(standalone_mode=False)
+    except click.ClickException as error:
+        hint = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
+        code = _fail(error.format_message() + hint, 2)
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output went away (| head): not an error; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except NumbaInferError as error:
+        if debug:
+            raise
+        code = _fail(str(error), 1)
+    except MemoryError:
+        if debug:
+            raise
+        code = _fail("out of memory: lower --ctx-size or take a smaller model", 1)
+    except OSError as error:
+        if debug:
+            raise
+        code = _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
+    except Exception as error:
+        if debug:
+            raise
+        code = _fail(f"internal: {type(error).__name__}: {error} (run again with --debug and report what it shows)", 1)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return code
+
+
+def _options(*options: Callable) -> Callable:
+    def decorate(function: Callable) -> Callable:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_threads = click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads [default: physical cores].")
+_ctx_size = click.option(
+    "--ctx-size", type=click.IntRange(0), help="Positions to keep; 0: all the model has [default: up to 4096]."
+)
+_tokenizer = click.option("--tokenizer", type=click.Path(), help="Tokenizer file or directory, for a .bin without one.")
+_debug = click.option("--debug", is_flag=True, help="Show tracebacks.")
+_device = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to run.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="numbainfer")
+def commands() -> None:
+    """Run LLaMA- and Qwen-family language models, from Python alone.
+
+    \b
+    numbainfer run "Once upon a time"             text from the demo model (fetched once)
+    numbainfer convert ./Qwen2.5-0.5B qwen         int8 weights, about 60 s for 2 GB
+    numbainfer run qwen "Why is the sky blue?"     an instruct model answers
+    numbainfer bench qwen                          tokens per second, % of memory bandwidth
+    """
+
+
+@commands.command()
+@click.argument("model", required=False)
+@click.argument("prompt", required=False)
+@_device
+@click.option("-n", "--max-tokens", type=click.IntRange(0), default=512, show_default=True, help="New tokens at most.")
+@click.option("--temperature", type=click.FloatRange(0), help="0: always the most likely token [default: 0.7].")
+@click.option("--top-k", type=click.IntRange(0), help="Only the k most likely tokens; 0: all [default: 40].")
+@click.option("--top-p", type=float, help="The most likely that together reach this [default: 0.95].")
+@click.option("--min-p", type=float, help="At least this times the most likely one's probability [default: 0].")
+@click.option("--repetition-penalty", type=float, help="Above 1: tokens that were there get less likely [default: 1].")
+@click.option("--seed", type=click.IntRange(0), help="Same seed, same text.")
+@click.option("--system", metavar="TEXT", help="The system message of a chat model.")
+@click.option("--stop", multiple=True, metavar="STR", help="Text that ends the reply (repeatable).")
+@_threads
+@_ctx_size
+@_tokenizer
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is: no chat template.")
+@click.option("-i", "--interactive", is_flag=True, help="Chat over several turns; /reset forgets, /exit ends.")
+@click.option("--stats/--no-stats", default=True, show_default=True, help="Speeds on stderr at the end.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@_debug
+def run(
+    model: str | None,
+    prompt: str | None,
+    device: str,
+    max_tokens: int,
+    system: str | None,
+    threads: int | None,
+    ctx_size: int | None,
+    tokenizer: str | None,
+    raw: bool,
+    interactive: bool,
+    stats: bool,
+    as_json: bool,
+    debug: bool,
+    stop: tuple[str, ...],
+    **sampling: Any,
+) -> None:
+    """Generate text: the reply of a chat model, or the continuation of PROMPT.
+
+    MODEL is a converted directory, a Hugging Face checkpoint directory, a .gguf or a llama2.c .bin; without one, the
+    demo model SmolLM2-135M-Instruct, fetched once. PROMPT "-", or none with a pipe on stdin, is read from stdin.
+
+    \b
+    numbainfer run "Once upon a time" --temperature 0.8
+    numbainfer run model.gguf "Why is the sky blue?" -n 200
+    cat question.txt | numbainfer run ./model -
+    numbainfer run ./model -i
+    """
+    from numbainfer.chat_session import Session, chat_loop, reply
+    from numbainfer.console import announce_compilation, progress_bars
+    from numbainfer.device import Device
+    from numbainfer.loading import load, names_a_model
+
+    if model is not None and prompt is None and not names_a_model(model):
+        model, prompt = None, model
+    if interactive and as_json:
+        raise click.UsageError("--json and --interactive don't go together")
+    if prompt is None and not interactive:
+        interactive = sys.stdin.isatty() and not as_json
+    if prompt == "-" or (prompt is None and not interactive):
+        prompt = _read_stdin()
+    if prompt is not None and not prompt.strip() and not interactive:
+        raise NumbaInferError("the prompt is empty: give some text")
+    announce_compilation()
+    with progress_bars() as progress:
+        loaded = load(
+            model,
+            device=Device.parse(device),
+            ctx_size=ctx_size,
+            threads=threads,
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+    session = Session(loaded, raw=raw, system=system, max_tokens=max_tokens, stop=stop, sampling=sampling)
+    if interactive:
+        chat_loop(session, prompt, show_statistics=stats)
+    else:
+        assert prompt is not None
+        code = reply(session, prompt, show_statistics=stats, as_json=as_json)
+        if code:
+            sys.exit(code)
+
+
+def _read_stdin() -> str:
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise NumbaInferError(f"the prompt on stdin is not UTF-8 text: {error}") from error
+    return text.removesuffix("\n")
+
+
+@commands.command()
+@click.argument("source")
+@click.argument("out")
+@click.option(
+    "--dtype",
+    type=click.Choice(["int8", "float16", "bfloat16", "float32"]),
+    default="int8",
+    show_default=True,
+    help="What matrices become.",
+)
+@click.option(
+    "--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True, help="Values per scale."
+)
+@click.option("--force", is_flag=True, help="Replace OUT if it is a converted model.")
+@_tokenizer
+@_debug
+def convert(
+    source: str, out: str, dtype: str, group_size: str, force: bool, tokenizer: str | None, debug: bool
+) -> None:
+    """Convert SOURCE to numbainfer's format in the new directory OUT.
+
+    SOURCE is a Hugging Face checkpoint directory (safetensors), a .gguf or a llama2.c .bin. OUT appears when all of it
+    is on the disk; an interrupted conversion leaves nothing there.
+    """
+    from numbainfer.console import announce_compilation, note, progress_bars, size
+    from numbainfer.converters import convert as converter
+    from numbainfer.converters.source import open_source
+
+    target = converter.Target(dtype, int(group_size))
+    announce_compilation()
+    with open_source(source, tokenizer=tokenizer) as opened, progress_bars() as progress:
+        summary = converter.convert(opened, Path(out), target, force=force, progress=progress)
+    note(f"{out}: {summary.parameters:,} parameters, {size(summary.nbytes)} as {dtype}")
+    if summary.floating:
+        shown = ", ".join(summary.floating[:2]) + (", ..." if len(summary.floating) > 2 else "")
+        note(f"{len(summary.floating)} matrices stay float16, no group divides their width: {shown}")
+
+
+@commands.command()
+@click.argument("model", required=False)
+@click.option("--device", "devices", multiple=True, metavar="auto|cpu|cuda[:N]", help="Where to run (repeatable).")
+@click.option("-p", "--prompt-tokens", type=click.IntRange(0), multiple=True, help="Prompt lengths [default: 512].")
+@click.option("-n", "--gen-tokens", type=click.IntRange(0), multiple=True, help="Tokens to generate [default: 128].")
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True)
+@click.option("-d", "--depth", type=click.IntRange(0), multiple=True, help="Tokens before the test [default: 0].")
+@click.option("--random", "architecture", type=click.Choice(ARCHITECTURES), help="Random int8 weights of a real shape.")
+@click.option(
+    "-o", "--output", type=click.Choice(["table", "json", "markdown", "csv"]), default="table", show_default=True
+)
+@_threads
+@_tokenizer
+@_debug
+def bench(
+    model: str | None,
+    devices: tuple[str, ...],
+    prompt_tokens: tuple[int, ...],
+    gen_tokens: tuple[int, ...],
+    repetitions: int,
+    depth: tuple[int, ...],
+    architecture: str | None,
+    output: str,
+    threads: int | None,
+    tokenizer: str | None,
+    debug: bool,
+) -> None:
+    """Measure tokens per second of MODEL (default: the demo model) beside the machine's memory bandwidth.
+
+    \b
+    pp512         a prompt of 512 tokens at once
+    tg128         128 tokens, one after the other
+    tg128@d4096   the same after 4,096 tokens
+    """
+    from numbainfer.bench import RandomWeights
+    from numbainfer.bench import bench as measure
+    from numbainfer.bench_output import render
+    from numbainfer.checkpoint import Weights
+    from numbainfer.console import announce_compilation, progress_bars
+    from numbainfer.device import Device
+    from numbainfer.loading import open_model
+
+    if model is not None and architecture is not None:
+        raise click.UsageError("give MODEL or --random, not both")
+    prompts, generates = prompt_tokens or (512,), gen_tokens or (128,)
+    if not any((*prompts, *generates)):
+        raise click.UsageError("nothing to measure: --prompt-tokens and --gen-tokens are both 0")
+    announce_compilation()
+    rows = []
+    with progress_bars() as progress:
+
+        def open_weights() -> Weights:
+            if architecture is not None:
+                return RandomWeights(architecture)
+            return open_model(model, tokenizer=tokenizer, require_tokenizer=False, progress=progress).weights
+
+        for name in devices or ("auto",):
+            rows += measure(
+                open_weights,
+                Device.parse(name),
+                prompts=prompts,
+                generates=generates,
+                depths=depth or (0,),
+                repetitions=repetitions,
+                threads=threads,
+                progress=progress,
+            )
+    render(rows, output)
+
+
+@commands.command()
+@click.argument("model", required=False)
+@_ctx_size
+@_tokenizer
+@_debug
+def info(model: str | None, ctx_size: int | None, tokenizer: str | None, debug: bool) -> None:
+    """Show what MODEL is and what it needs; with no MODEL, what this machine is."""
+    from numbainfer import info as facts
+    from numbainfer.bench_output import print_facts
+
+    print_facts(facts.machine() if model is None else facts.model(model, ctx_size, tokenizer))
+
+
+@commands.command()
+@click.argument("model")
+@click.argument("file", type=click.Path())
+@click.option("--ctx-size", type=click.IntRange(4), default=512, show_default=True, help="Tokens of a chunk.")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@_device
+@_threads
+@_tokenizer
+@_debug
+def perplexity(
+    model: str,
+    file: str,
+    ctx_size: int,
+    output: str,
+    device: str,
+    threads: int | None,
+    tokenizer: str | None,
+    debug: bool,
+) -> None:
+    """Measure how well MODEL predicts the text in FILE ("-": stdin), as llama.cpp defines it."""
+    from numbainfer.bench_output import print_facts
+    from numbainfer.console import announce_compilation, progress_bars
+    from numbainfer.device import Device
+    from numbainfer.loading import load
+    from numbainfer.perplexity import perplexity as measure
+
+    try:
+        text = _read_stdin() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise NumbaInferError(f"{file} is not UTF-8 text: {error}") from error
+    announce_compilation()
+    with progress_bars() as progress:
+        loaded = load(
+            model,
+            device=Device.parse(device),
+            ctx_size=ctx_size,
+            threads=threads,
+            tokenizer=tokenizer,
+            chunk=128,  # logits of all tokens of a chunk are kept at once: 78 MB at a vocabulary of 150,000
+            progress=progress,
+        )
+        result = measure(loaded.engine, text, ctx_size, progress)
+    if output == "json":
+        print(json.dumps(result.__dict__))
+    else:
+        print_facts({k: f"{v:.4f}" if isinstance(v, float) else str(v) for k, v in result.__dict__.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What the command line shows besides results: progress bars and notes, on stderr only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from numbainfer.loading import Progress
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """A progress callback (description, done, total): bars on a terminal, else one line as each task begins."""
+    if not sys.stderr.isatty():
+        seen: set[str] = set()
+
+        def line(description: str, done: int, total: int | None) -> None:
+            task = description.split()[0] if description else ""
+            if task not in seen:
+                seen.add(task)
+                note(f"{task} ...")
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def bar(description: str, done: int, total: int | None) -> None:
+            key = description.split()[0] if description else ""
+            if key not in tasks:
+                tasks[key] = bars.add_task(description, total=total)
+            bars.update(tasks[key], description=description, completed=done, total=total)
+
+        yield bar
+
+
+def announce_compilation() -> None:
+    """Says, once, that kernels are being compiled: the only long wait that a warm cache does not have."""
+    from numbainfer.cpu import compile
+
+    compile.on_first_compile = lambda: note("compiling kernels for this CPU (kept for later runs) ...")
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 144.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            break
+        nbytes /= 1000
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

@@ -1,0 +1,156 @@
+"""From what a user names as MODEL to an engine that runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from numbainfer.checkpoint import Checkpoint, Weights, is_checkpoint, read_json
+from numbainfer.converters.convert import SourceWeights, Target, convert
+from numbainfer.converters.demo import fetch_demo
+from numbainfer.converters.source import open_source
+from numbainfer.device import Device
+from numbainfer.engine import DEFAULT_CTX_SIZE, Engine
+from numbainfer.errors import NumbaInferError
+from numbainfer.model import CHUNK, Model
+from numbainfer.registry import Operators, bind
+from numbainfer.tokenizer import Tokenizer
+
+DEMO_NAME = "SmolLM2-135M-Instruct"
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass
+class LoadedModel:
+    """An engine, and what is known about the model that it runs."""
+
+    engine: Engine
+    weights: Weights
+    name: str
+    generation_config: dict[str, Any]  # the model's own defaults for sampling
+    load_seconds: float
+
+    @property
+    def ops(self) -> Operators:
+        return self.engine.model.ops
+
+
+@dataclass
+class OpenedModel:
+    """A model's weights and files, before they are put on a device."""
+
+    weights: Weights
+    tokenizer: Tokenizer | None
+    generation_config: dict[str, Any]
+    name: str
+
+
+def names_a_model(text: str) -> bool:
+    """Whether a lone argument of `run` is a MODEL rather than a prompt: an existing path, something written like the
+    path of a model file, or a hub id (owner/name)."""
+    if not text or "\n" in text or len(text) > 4096:
+        return False
+    if Path(text).exists():
+        return True
+    return re.search(r"\s", text) is None and (
+        text.endswith((".gguf", ".bin")) or re.fullmatch(r"[\w.~-]*(/[\w.-]+)+/?(@[\w.-]+)?", text) is not None
+    )
+
+
+def open_model(
+    path: str | Path | None,
+    *,
+    tokenizer: str | None = None,
+    require_tokenizer: bool = True,
+    progress: Progress | None = None,
+) -> OpenedModel:
+    """A converted directory mapped in place; any other source to be quantized while loading; None: the demo model."""
+    path = demo_directory(progress) if path is None else Path(path)
+    if path.is_dir() and is_checkpoint(path):
+        weights: Weights = Checkpoint(path)
+        files = {p.name: p.read_bytes() for p in path.iterdir() if p.suffix in (".json", ".model", ".jinja")}
+        if tokenizer is not None:
+            raise NumbaInferError("--tokenizer goes with a .bin; a converted model has its own")
+    else:
+        source = open_source(path, tokenizer=tokenizer, require_tokenizer=require_tokenizer)
+        files = {**source.tokenizer_files, "config.json": json.dumps(source.config).encode()}
+        if source.generation_config is not None:
+            files["generation_config.json"] = json.dumps(source.generation_config).encode()
+        weights = SourceWeights(source, Target(), progress)
+    known = Tokenizer.from_files(files, weights.config.vocab_size) if require_tokenizer else None
+    generation = json.loads(files.get("generation_config.json", b"{}"))
+    return OpenedModel(weights, known, generation if isinstance(generation, dict) else {}, weights.name)
+
+
+def load(
+    path: str | Path | None,
+    *,
+    device: Device | None = None,
+    ctx_size: int | None = None,
+    threads: int | None = None,
+    tokenizer: str | None = None,
+    chunk: int = CHUNK,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """An engine that runs a MODEL. ctx_size None: the model's own, up to DEFAULT_CTX_SIZE; 0: all that it has."""
+    start = time.perf_counter()
+    ops = bind(device or Device("cpu"), threads)
+    opened = open_model(path, tokenizer=tokenizer, progress=progress)
+    assert opened.tokenizer is not None
+    model = Model(ops, opened.weights, context_size(opened.weights, ctx_size), chunk=chunk)
+    engine = Engine(model, opened.tokenizer)
+    return LoadedModel(engine, opened.weights, opened.name, opened.generation_config, time.perf_counter() - start)
+
+
+def context_size(weights: Weights, asked: int | None) -> int:
+    """The positions to keep: as asked, but not more than the model was trained for."""
+    limit = weights.config.max_positions
+    if asked is None:
+        return min(limit, DEFAULT_CTX_SIZE)
+    if not 0 <= asked <= limit:
+        raise NumbaInferError(f"--ctx-size {asked}: this model's context is {limit} at most")
+    return asked or limit
+
+
+def cache_directory() -> Path:
+    """Where the demo model and compiled kernels are kept."""
+    return Path(platformdirs.user_cache_dir("numbainfer"))
+
+
+def demo_directory(progress: Progress | None = None) -> Path:
+    """The demo model, converted; fetched and converted on the first call."""
+    models = cache_directory() / "models"
+    directory = models / DEMO_NAME
+    if _is_intact(directory):
+        return directory
+    gguf = fetch_demo(models, progress)
+    try:
+        with open_source(gguf) as source:
+            convert(source, directory, Target(), force=True, progress=progress)
+    except NumbaInferError:
+        if not _is_intact(directory):  # else another process was faster
+            raise
+    gguf.unlink(missing_ok=True)
+    return directory
+
+
+def _is_intact(directory: Path) -> bool:
+    """Whether the demo is there and opens; what doesn't open is removed, to be made again."""
+    if not directory.exists():
+        return False
+    try:
+        Checkpoint(directory)
+        read_json(directory / "tokenizer.json")
+    except NumbaInferError:
+        shutil.rmtree(directory, ignore_errors=True)
+        return False
+    return True

@@ -1,0 +1,77 @@
+"""The instruction-set paths that this machine can be told to take: the same tests, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import pytest
+
+from numbainfer.cpu.isa import detect
+
+# What differs by path: the int8 dot product (rows and tiles), float16 both ways, and the functions of vectors
+# (fused multiply-add, rounding, e^x), which LLVM may turn into calls where there is no instruction.
+TESTS = [
+    "test_linear.py::test_int8_sums_of_the_largest_codes_are_exact",
+    "test_linear.py::test_rows_for_fewer_tokens_than_the_memory_holds",
+    "test_linear.py::test_float_weights[cpu-100-5-float16]",
+    "test_operators.py::test_embedding[cpu-100-float16]",
+    "test_operators.py::test_quantize[cpu-96-32-9]",
+    "test_operators.py::test_quantize_matrix_at_the_ends_of_float16[cpu-float32]",
+    "test_operators.py::test_quantize_matrix_counts_groups_that_are_not_finite[cpu-nan0-float16]",
+    "test_operators.py::test_quantize_matrix_counts_groups_that_are_not_finite[cpu-inf-float16]",
+    "test_operators.py::test_swiglu[cpu-72-3]",
+    "test_attention.py::test_float16_store_rounds_to_nearest_even_and_saturates",
+    "test_attention.py::test_attention[cpu-4-1-20-page boundaries in one batch-float16]",
+    "test_launch.py::test_a_program_runs_when_told_in_order_and_again",
+]
+RUN = """
+import sys, pytest
+from numbainfer.cpu.isa import detect
+assert detect().name == sys.argv[1], detect().name
+sys.exit(pytest.main(["-m", "not gpu", "-p", "no:cacheprovider", *sys.argv[2:]]))
+"""
+
+
+def passes(path: str, cpu: str, features: str) -> None:
+    here = Path(__file__).parent
+    tests = [str(here / test) for test in TESTS]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, path, *tests],
+        env=os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features},
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_generic() -> None:
+    """A CPU of which nothing is known: no float16 conversion, no fused multiply-add, no int8 dot product."""
+    passes("generic", "generic", "")
+
+
+def test_avx2() -> None:
+    features = llvm.get_host_cpu_features()
+    if not all(features.get(name) for name in ("avx2", "fma", "f16c")):
+        pytest.skip("this CPU has no AVX2")
+    without = (
+        f"{'+' if present and not name.startswith(('avx512', 'avx10', 'amx')) else '-'}{name}"
+        for name, present in sorted(features.items())
+    )
+    passes("avx2", llvm.get_host_cpu_name(), ",".join(without))
+
+
+def test_the_path_is_the_best_that_the_machine_has() -> None:
+    features = llvm.get_host_cpu_features()
+    best = {"avx512vnni": "avx512_vnni", "avx2": "avx2", "dotprod": "neon_dot"}
+    expected = next((path for feature, path in best.items() if features.get(feature)), "generic")
+    if "NUMBA_CPU_NAME" in os.environ or "NUMBA_CPU_FEATURES" in os.environ:
+        pytest.skip("Numba is told to compile for another machine")
+    assert detect().name == expected
