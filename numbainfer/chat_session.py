@@ -44,7 +44,7 @@ class Session:
             raise NumbaInferError("--system needs a chat model, and no --raw")
         self.conversation = chat.Conversation(system)
         model = loaded.generation_config if loaded.generation_config.get("do_sample", True) else {"temperature": 0.0}
-        chosen = {}
+        chosen: dict[str, Any] = {}
         for name, default in DEFAULTS.items():
             given, own = sampling.get(name), model.get(name)
             chosen[name] = given if given is not None else own if _is_number(own) else default

@@ -28,7 +28,8 @@ def main() -> None:
     try:
         code = commands(standalone_mode=False)
     except click.ClickException as error:
-        hint = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
+        context = getattr(error, "ctx", None)  # usage errors know the command
+        hint = f" (see {context.command_path} --help)" if context else ""
         code = _fail(error.format_message() + hint, 2)
     except (KeyboardInterrupt, click.Abort):
         code = 130

@@ -247,7 +247,7 @@ class _Reader:
         return value
 
     def number(self, key: str, low: float, high: float, values: Mapping[str, Any] | None = None) -> float:
-        value = (self.raw if values is None else values).get(key)
+        value: Any = (self.raw if values is None else values).get(key)
         if type(value) not in (int, float) or not low < value <= high:
             raise NumbaInferError(f"{self.where}: {key} must be a number above {low:g}, not {value!r}")
         return float(value)

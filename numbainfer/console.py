@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from numbainfer.loading import Progress
+from numbainfer.progress import Progress
 
 
 def note(text: str) -> None:
@@ -22,7 +22,7 @@ def progress_bars() -> Iterator[Progress]:
         seen: set[str] = set()
 
         def line(description: str, done: int, total: int | None) -> None:
-            task = description.split()[0] if description else ""
+            task = description.split(maxsplit=1)[0] if description else ""
             if task not in seen:
                 seen.add(task)
                 note(f"{task} ...")
@@ -37,7 +37,7 @@ def progress_bars() -> Iterator[Progress]:
         tasks: dict[str, Any] = {}
 
         def bar(description: str, done: int, total: int | None) -> None:
-            key = description.split()[0] if description else ""
+            key = description.split(maxsplit=1)[0] if description else ""
             if key not in tasks:
                 tasks[key] = bars.add_task(description, total=total)
             bars.update(tasks[key], description=description, completed=done, total=total)

@@ -48,8 +48,10 @@ def model(path: str, ctx_size: int | None, tokenizer: str | None) -> dict[str, s
             parts["norms and biases"] += sum(p.shape[0] for p in group) * 4
             continue
         matrix = weights.matrix([p.name for p in group])
-        is_int8 = isinstance(matrix, QuantizedMatrix)
-        kinds.add(f"int8 (group {matrix.group})" if is_int8 else str(matrix.data.dtype).replace("uint16", "bfloat16"))
+        if isinstance(matrix, QuantizedMatrix):
+            kinds.add(f"int8 (group {matrix.group})")
+        else:
+            kinds.add(str(matrix.data.dtype).replace("uint16", "bfloat16"))
         part = "attention" if "self_attn" in name else "mlp" if ".mlp." in name else "embedding"
         parts["output head" if name.startswith("lm_head") else part] += matrix.nbytes
     kv_item = 4 if kinds == {"float32"} else 2

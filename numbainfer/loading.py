@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,11 @@ from numbainfer.device import Device
 from numbainfer.engine import DEFAULT_CTX_SIZE, Engine
 from numbainfer.errors import NumbaInferError
 from numbainfer.model import CHUNK, Model
+from numbainfer.progress import Progress
 from numbainfer.registry import Operators, bind
 from numbainfer.tokenizer import Tokenizer
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
-
-Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass

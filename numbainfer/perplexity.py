@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from numbainfer.engine import Engine
 from numbainfer.errors import NumbaInferError
+from numbainfer.progress import Progress
 
 
 @dataclass
@@ -24,9 +24,7 @@ class Perplexity:
     seconds: float
 
 
-def perplexity(
-    engine: Engine, text: str, ctx_size: int, progress: Callable[[str, int, int | None], None] | None = None
-) -> Perplexity:
+def perplexity(engine: Engine, text: str, ctx_size: int, progress: Progress | None = None) -> Perplexity:
     """Scores a text in non-overlapping chunks of `ctx_size` tokens.
 
     Each chunk is a context of its own, its first token replaced by BOS where the tokenizer adds one; the tokens of its

@@ -16,7 +16,11 @@ from numbainfer.memory import MemoryPool
 GROUPS = (128, 64, 32)
 
 # How floating-point matrices are stored. NumPy has no bfloat16: its bits travel as uint16.
-STORAGE = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+STORAGE: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._last_rows = (0, 0)  # the byte range that `rows` gave last
         try:
             with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -84,8 +85,22 @@ class SafetensorsFile:
         return np.require(self._view(name), requirements="A")
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Rows start..stop of the tensor's first axis, as `array` gives them; a copy is of them only."""
-        return np.require(self._view(name)[start:stop], requirements="A")
+        """Rows start..stop of the tensor's first axis, as `array` gives them; a copy is of them only.
+
+        For reading a file once from end to end: the pages of the rows asked for before may leave memory. (They are
+        read again from the disk where an earlier view is still used.)
+        """
+        self._forget_last_rows()
+        entry, rows = self.tensors[name], self._view(name)[start:stop]
+        row_bytes = (entry.stop - entry.start) // max(entry.shape[0], 1)
+        self._last_rows = (entry.start + start * row_bytes, rows.nbytes)
+        return np.require(rows, requirements="A")
+
+    def _forget_last_rows(self) -> None:
+        start, size = self._last_rows
+        if size and hasattr(mmap, "MADV_DONTNEED"):  # Unix
+            whole = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, whole, start + size - whole)
 
     def close(self) -> None:
         """Release the mapping; while arrays of it are alive they keep it, and it goes with the last."""

@@ -6,6 +6,7 @@ The steps stand in the order of HF transformers: penalty, temperature, top-k, to
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -60,7 +61,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt: Iterable[int]) -> None:
         self.params = params
-        self.seed = params.seed if params.seed is not None else int(np.random.SeedSequence().entropy) % 2**32
+        self.seed = params.seed if params.seed is not None else secrets.randbits(32)
         self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._seen = set(prompt)
 

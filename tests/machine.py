@@ -16,6 +16,9 @@ from numbainfer.registry import Operators
 
 GUARD = 64  # elements behind every output that no kernel may touch
 
+TOP = {1: 127, 2: 127 * 256}  # the largest code of QuantizedRows, by planes
+TINY = 1e-33  # a group whose values are all below counts as zeros: top / m has to stay finite in float32
+
 Array = NDArray[Any]
 
 
@@ -61,36 +64,49 @@ class Machine:
         codes, scales = reference.quantize_groups(values, group)
         return QuantizedMatrix(self.put(codes), self.put(scales.astype(np.float16)), group)
 
-    def rows(self, tokens: int, width: int, group: int) -> QuantizedRows:
+    def rows(self, tokens: int, width: int, group: int, planes: int = 1) -> QuantizedRows:
         """Poisoned QuantizedRows for results; only the padding columns are zero, as their contract says."""
-        rows = QuantizedRows.empty(self.ops.pool, tokens, width, group)
+        rows = QuantizedRows.empty(self.ops.pool, tokens, width, group, planes)
         self._held += [rows.codes, rows.scales, rows.sums]
         codes = poison(rows.codes.shape, np.int8)
-        codes[:, width:] = 0
+        codes.reshape(len(codes), planes, -1)[..., width:] = 0
         scales, sums = poison(rows.scales.shape, np.float32), poison(rows.sums.shape, np.int32)
-        return QuantizedRows(self.put(codes), self.put(scales), self.put(sums), tokens, width, group)
+        return QuantizedRows(self.put(codes), self.put(scales), self.put(sums), tokens, width, group, planes)
 
-    def quantized_rows(self, values: Array, group: int) -> QuantizedRows:
-        """Activations quantized by the reference. Rows past the last token stay poisoned."""
-        codes, scales = reference.quantize_groups(values, group)
-        return self.rows_of(codes, scales.astype(np.float32), group)
+    def quantized_rows(self, values: Array, group: int, planes: int = 1) -> QuantizedRows:
+        """Quantized activations. Rows past the last token stay poisoned."""
+        grouped = values.astype(np.float64).reshape(len(values), -1, group)
+        scales = (np.abs(grouped).max(axis=-1) / TOP[planes]).astype(np.float32)
+        codes = np.rint(grouped / scales[..., None]).reshape(values.shape)
+        return self.rows_of(codes.astype(np.int32), scales, group, planes)
 
-    def rows_of(self, codes: Array, scales: Array, group: int) -> QuantizedRows:
-        """Activations with these codes and scales."""
+    def rows_of(self, codes: Array, scales: Array, group: int, planes: int = 1) -> QuantizedRows:
+        """Activations with these codes (as int32) and scales."""
         tokens, width = codes.shape
-        rows = self.rows(tokens, width, group)
+        rows = self.rows(tokens, width, group, planes)
         host = [self.get(a) for a in (rows.codes, rows.scales, rows.sums)]
-        host[0][:tokens, :width] = codes
+        split = host[0][:tokens].reshape(tokens, planes, -1)[..., :width]
+        if planes == 2:
+            high = (codes + 128) >> 8
+            low = np.maximum(codes - 256 * high, -127)
+            split[:, 0], split[:, 1] = high, low
+            codes = 256 * high + low
+        else:
+            split[:, 0] = codes
+        host[0].reshape(len(host[0]), planes, -1)[:tokens, :, :width] = split
         host[1][:tokens] = scales
         host[2][:tokens] = codes.reshape(tokens, -1, group).sum(axis=-1, dtype=np.int32)
-        return QuantizedRows(*map(self.put, host), tokens, width, group)
+        return QuantizedRows(*map(self.put, host), tokens, width, group, planes)
 
     def get_rows(self, rows: QuantizedRows) -> tuple[Array, Array, Array]:
-        """codes, scales and sums of the tokens, after checking that the padding columns are still zero."""
+        """codes (one int32 for both planes), scales and sums of the tokens, after checking the codes' form."""
         tokens, width = rows.shape
         codes, scales, sums = (self.get(a)[:tokens] for a in (rows.codes, rows.scales, rows.sums))
-        assert not codes[:, width:].any(), "padding columns were written"
-        return codes[:, :width], scales, sums
+        planes = codes.reshape(tokens, rows.planes, -1).astype(np.int32)
+        assert not planes[..., width:].any(), "padding columns were written"
+        assert planes.min(initial=0) > -128, "a dot product may take the absolute value of a byte"
+        values = planes[:, 0] if rows.planes == 1 else 256 * planes[:, 0] + planes[:, 1]
+        return values[:, :width], scales, sums
 
     def run(self, name: str, *arguments: Any) -> None:
         """Runs the operator `name`."""
@@ -138,14 +154,18 @@ def assert_close(actual: Array, expected: Array, relative: float = 1e-6) -> None
 def assert_quantizes(machine: Machine, rows: QuantizedRows, values: Array, relative: float = 0.0) -> None:
     """`rows` hold `values` [tokens, width], quantized; `relative` is the error that the values themselves may have.
 
-    Scales: m / 127, rounded once. Codes: the multiplication by 127 / m rounds twice, so a quotient of up to 127 is
-    off by at most 127 * 2^-23; within that (and the values' own error) of a half the code may be either neighbour.
+    Scales: m / top, rounded once. Codes: the multiplication by top / m rounds twice, so a quotient of up to top is
+    off by at most top * 2^-23; within that (and the values' own error) of a half the code may be either neighbour.
+    Of two planes the low byte is never -128: -127 stands for both.
     """
     codes, scales, sums = machine.get_rows(rows)
+    top = TOP[rows.planes]
     grouped = np.asarray(values, np.float64).reshape(len(codes), -1, rows.group)
     largest = np.abs(grouped).max(axis=-1)
-    assert_within(scales, largest / 127, (2**-24 + relative) * largest / 127 + 2**-149)
-    assert_within(np.abs(codes.astype(np.int32)).reshape(grouped.shape).max(axis=-1), 127 * (largest > 1e-35), 0)
-    quotient = grouped * np.divide(127, largest, out=np.zeros_like(largest), where=largest > 1e-35)[..., None]
-    assert_within(codes.reshape(grouped.shape), quotient, 0.5 + 127 * (2**-23 + 2 * relative))
-    np.testing.assert_array_equal(sums, codes.reshape(grouped.shape).sum(axis=-1, dtype=np.int32))
+    assert_within(scales, largest / top, (2**-24 + relative) * largest / top + 2**-149)
+    codes = codes.reshape(grouped.shape)
+    assert_within(np.abs(codes).max(axis=-1), top * (largest > TINY), 0)
+    quotient = grouped * np.divide(top, largest, out=np.zeros_like(largest), where=largest > TINY)[..., None]
+    clamped = (codes + 128) % 256 == 1 if rows.planes == 2 else 0
+    assert_within(codes, quotient, 0.5 + clamped + top * (2**-23 + 2 * relative))
+    np.testing.assert_array_equal(sums, codes.sum(axis=-1, dtype=np.int32))

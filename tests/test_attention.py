@@ -102,7 +102,7 @@ def test_attention(machine: Machine, heads: int, kv_heads: int, head_dim: int, s
     assert_within(machine.get(out), expected, 2e-6 * largest)
 
     for group in [g for g in (32, 64, 128) if width % g == 0]:
-        rows = machine.rows(tokens, width, group)
+        rows = machine.rows(tokens, width, group, planes=1 + tokens % 2)
         machine.run("attention", *arguments, rows)
         assert_quantizes(machine, rows, machine.get(out), relative=1e-6)
 

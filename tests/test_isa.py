@@ -16,10 +16,11 @@ from numbainfer.cpu.isa import detect
 # (fused multiply-add, rounding, e^x), which LLVM may turn into calls where there is no instruction.
 TESTS = [
     "test_linear.py::test_int8_sums_of_the_largest_codes_are_exact",
+    "test_linear.py::test_int8_sums_of_two_full_planes_do_not_overflow",
     "test_linear.py::test_rows_for_fewer_tokens_than_the_memory_holds",
     "test_linear.py::test_float_weights[cpu-100-5-float16]",
     "test_operators.py::test_embedding[cpu-100-float16]",
-    "test_operators.py::test_quantize[cpu-96-32-9]",
+    "test_operators.py::test_quantize[cpu-96-32-9-2]",
     "test_operators.py::test_quantize_matrix_at_the_ends_of_float16[cpu-float32]",
     "test_operators.py::test_quantize_matrix_counts_groups_that_are_not_finite[cpu-nan0-float16]",
     "test_operators.py::test_quantize_matrix_counts_groups_that_are_not_finite[cpu-inf-float16]",

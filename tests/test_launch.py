@@ -37,7 +37,8 @@ def results(machine: Machine) -> dict[str, Array]:
     plain = [Matrix(put(normal(3, 97, width).astype(dtype))) for dtype in ("float32", "float16")]
 
     def outputs(wide: int = width) -> list[tuple[str, Any]]:
-        return [("", machine.out(tokens, wide)), (" quantized", machine.rows(tokens, wide, 64))]
+        quantized = [(f" quantized {planes}", machine.rows(tokens, wide, 64, planes)) for planes in (1, 2)]
+        return [("", machine.out(tokens, wide)), *quantized]
 
     for form, out in outputs():
         run("rmsnorm", x, weight, 1e-5, out)
@@ -55,8 +56,10 @@ def results(machine: Machine) -> dict[str, Array]:
     keep("argmax", out)
     run("top_k", x, out := machine.out(tokens, 9), indices := machine.out(tokens, 9, dtype=np.int32))
     keep("top_k", out, indices)
-    run("quantize", x, rows := machine.rows(tokens, width, 64))
-    keep("quantize", rows)
+    quantized = [machine.rows(tokens, width, 64, planes) for planes in (1, 2)]
+    for rows in quantized:
+        run("quantize", x, rows)
+        keep(f"quantize {rows.planes}", rows)
     codes, scales = machine.out(700, width, dtype=np.int8), machine.out(700, width // 64, dtype=np.float16)
     values = normal(4, 700, width)
     values[::9, 5] = np.nan
@@ -64,9 +67,10 @@ def results(machine: Machine) -> dict[str, Array]:
     good = ~np.isnan(values).any(axis=1)  # what the faulty rows hold means nothing
     keep("quantize_matrix", machine.get(codes)[good], machine.get(scales)[good], faults)
     for some in (1, 3, tokens):
-        a = rows.first(some)
-        run("linear", a, machine.matrix(normal(5, 700, width), 64), None, None, out := machine.out(some, 700))
-        keep(f"linear int8 {some}", out)
+        for rows in quantized:
+            weight = machine.matrix(normal(5, 700, width), 64)
+            run("linear", rows.first(some), weight, None, None, out := machine.out(some, 700))
+            keep(f"linear int8 {some} {rows.planes}", out)
         for matrix in plain:
             run("linear", x[:some], matrix, put(normal(6, 97)), None, out := machine.out(some, 97))
             keep(f"linear {matrix.data.dtype} {some}", out)

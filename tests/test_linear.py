@@ -32,17 +32,18 @@ def test_float_weights(machine: Machine, width: int, tokens: int, dtype: str) ->
 def host_rows(machine: Machine, rows: QuantizedRows) -> np.ndarray:
     """The float64 values that the codes stand for."""
     codes, scales, _ = machine.get_rows(rows)
-    return reference.dequantize(codes, scales)
+    return reference.dequantize(codes, scales)  # codes of two planes are as good as those of one: integers
 
 
 def host_matrix(machine: Machine, weight: QuantizedMatrix) -> np.ndarray:
     return dequantize(QuantizedMatrix(machine.get(weight.codes), machine.get(weight.scales), weight.group))
 
 
+@pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("width", "group"), GROUPED)
-def test_int8_weights(machine: Machine, tokens: int, width: int, group: int) -> None:
-    rows = machine.quantized_rows(normal(tokens, tokens, width), group)
+def test_int8_weights(machine: Machine, tokens: int, width: int, group: int, planes: int) -> None:
+    rows = machine.quantized_rows(normal(tokens, tokens, width), group, planes)
     x = host_rows(machine, rows)
     for outs in OUTS:
         weight = machine.matrix(0.02 * normal(outs, outs, width), group)
@@ -52,16 +53,22 @@ def test_int8_weights(machine: Machine, tokens: int, width: int, group: int) -> 
         assert_within(machine.get(out), reference.linear(x, w), SUM_ERROR * reference.linear(abs(x), abs(w)))
 
 
+@pytest.mark.parametrize(("planes", "unit"), [(1, 1), (2, 1), (2, 256)])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 9, 70])
-def test_int8_sums_of_the_largest_codes_are_exact(machine: Machine, tokens: int, group: int) -> None:
-    """With scales that are powers of two every product and sum is an integer below 2^24 times such a power."""
+def test_int8_sums_of_the_largest_codes_are_exact(
+    machine: Machine, tokens: int, group: int, planes: int, unit: int
+) -> None:
+    """With scales that are powers of two every product and sum is an integer below 2^24 times such a power.
+
+    Of two planes only one holds values here, the low one (unit 1) or the high one (unit 256).
+    """
     rng = np.random.default_rng(group)
     width, outs = 384, 37
-    x = rng.choice(np.array([-127, 127, 126, 0, 1], np.int8), (tokens, width))
+    x = rng.choice(np.array([-127, 127, 126, 0, 1], np.int32), (tokens, width))
     w = rng.choice(np.array([-127, 127, -126, 0, -1], np.int8), (outs, width))
     x[0], w[0], w[1] = 127, 127, -127
-    rows = machine.rows_of(x, np.full((tokens, width // group), 0.25, np.float32), group)
+    rows = machine.rows_of(unit * x, np.full((tokens, width // group), 0.25 / unit, np.float32), group, planes)
     scales = machine.put(np.full((outs, width // group), 2.0**-24, np.float16))  # the smallest float16
     out = machine.out(tokens, outs)
     machine.run("linear", rows, QuantizedMatrix(machine.put(w), scales, group), None, None, out)
@@ -72,7 +79,25 @@ def test_int8_sums_of_the_largest_codes_are_exact(machine: Machine, tokens: int,
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("tokens", [1, 5, 9])
-def test_int8_with_one_large_weight_in_a_group(machine: Machine, tokens: int, group: int) -> None:
+def test_int8_sums_of_two_full_planes_do_not_overflow(machine: Machine, tokens: int, group: int) -> None:
+    """A group's sum reaches 128 * 127 * 32512, a quarter of int32."""
+    rng = np.random.default_rng(group)
+    width, outs = 2 * group, 37
+    x = rng.choice(np.array([-32512, 32512, 32511, 32385], np.int32), (tokens, width))
+    w = rng.choice(np.array([-127, 127, 126], np.int8), (outs, width))
+    x[0], w[0], w[1] = 32512, 127, -127
+    rows = machine.rows_of(x, np.ones((tokens, 2), np.float32), group, planes=2)
+    weight = QuantizedMatrix(machine.put(w), machine.put(np.ones((outs, 2), np.float16)), group)
+    out = machine.out(tokens, outs)
+    machine.run("linear", rows, weight, None, None, out)
+    wide = w.astype(np.float64)
+    assert_within(machine.get(out), reference.linear(x, wide), SUM_ERROR * reference.linear(abs(x), abs(wide)))
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 5, 9])
+def test_int8_with_one_large_weight_in_a_group(machine: Machine, tokens: int, group: int, planes: int) -> None:
     """Positive activations against codes near 0: the worst case for a dot product that counts weights as w + 128.
 
     The surplus of 128 * sum(x) then outweighs the sum that counts, and its float32 roundings stay behind: the bound
@@ -84,7 +109,7 @@ def test_int8_with_one_large_weight_in_a_group(machine: Machine, tokens: int, gr
     codes[:, ::group] = 127
     scales = rng.uniform(0.5, 2, (outs, width // group)).astype(np.float16)
     weight = QuantizedMatrix(machine.put(codes), machine.put(scales), group)
-    rows = machine.quantized_rows(np.abs(normal(15, tokens, width)) + 1, group)
+    rows = machine.quantized_rows(np.abs(normal(15, tokens, width)) + 1, group, planes)
     out = machine.out(tokens, outs)
     machine.run("linear", rows, weight, None, None, out)
     x, w = host_rows(machine, rows), host_matrix(machine, weight)
@@ -106,7 +131,8 @@ def test_bias_and_residual(machine: Machine, storage: str | int, tokens: int, re
     apart = machine.put(r) if residual == "apart" else None
     weight: Matrix | QuantizedMatrix
     if isinstance(storage, int):
-        rows, weight = machine.quantized_rows(x, storage), machine.matrix(values, storage)
+        rows = machine.quantized_rows(x, storage, planes=1 + tokens % 2)
+        weight = machine.matrix(values, storage)
         source, host_x, w = rows, host_rows(machine, rows), host_matrix(machine, weight)
     else:
         stored, w = stored_as(values, storage)
@@ -121,9 +147,10 @@ def test_bias_and_residual(machine: Machine, storage: str | int, tokens: int, re
         assert_array_equal(machine.get(apart), r)
 
 
-def test_rows_for_fewer_tokens_than_the_memory_holds(machine: Machine) -> None:
+@pytest.mark.parametrize("planes", [1, 2])
+def test_rows_for_fewer_tokens_than_the_memory_holds(machine: Machine, planes: int) -> None:
     """QuantizedRows.first: what the rows behind hold does not matter."""
-    rows, weight = machine.quantized_rows(normal(20, 9, 96), 32), machine.matrix(normal(21, 33, 96), 32)
+    rows, weight = machine.quantized_rows(normal(20, 9, 96), 32, planes), machine.matrix(normal(21, 33, 96), 32)
     every, some = machine.out(9, 33), machine.out(5, 33)
     machine.run("linear", rows, weight, None, None, every)
     machine.run("linear", rows.first(5), weight, None, None, some)

@@ -11,6 +11,7 @@ from numpy.testing import assert_array_equal
 from numbainfer.quantization import (
     Matrix,
     QuantizedMatrix,
+    QuantizedRows,
     bfloat16_to_float32,
     dequantize,
     float32_to_bfloat16,
@@ -143,13 +144,14 @@ def test_softmax_of_equal_values_at_both_ends_of_float32(machine: Machine) -> No
 # --- quantization ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("width", "group"), GROUPED)
-def test_quantize(machine: Machine, tokens: int, width: int, group: int) -> None:
+def test_quantize(machine: Machine, tokens: int, width: int, group: int, planes: int) -> None:
     x = mixed_rows(width + tokens, tokens, width)
     x[::2, :group] = 0  # a group of zeros among others
     x[1::4, group // 2 : group] = np.float32(3e38)
-    out = machine.rows(tokens, width, group)
+    out = machine.rows(tokens, width, group, planes)
     machine.run("quantize", machine.put(x), out)
     assert_quantizes(machine, out, x)
 
@@ -164,39 +166,55 @@ def test_quantize_rounds_ties_to_even(machine: Machine) -> None:
     assert (scales[0, 0], sums[0, 0]) == (1.0, 127 + 2 - 2 - 4 + 126)
 
 
+def test_quantize_splits_two_planes(machine: Machine) -> None:
+    x = np.zeros((1, 32), np.float32)
+    x[0, :8] = [32512, -32512, 128, 127, -128, -129, 32383, -32384]  # the scale is 1
+    out = machine.rows(1, 32, 32, planes=2)
+    machine.run("quantize", machine.put(x), out)
+    planes = machine.get(out.codes)[0].reshape(2, -1)
+    assert planes[0, :8].tolist() == [127, -127, 1, 0, 0, -1, 126, -126]
+    assert planes[1, :8].tolist() == [0, 0, -127, 127, -127, 127, 127, -127]  # twice for -128, which no byte holds
+    assert machine.get(out.sums)[0, 0] == x.sum() + 3
+
+
+@pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 @pytest.mark.parametrize(("width", "group"), GROUPED)
-def test_fused_forms_are_the_composition(machine: Machine, tokens: int, width: int, group: int) -> None:
-    """out = QuantizedRows against the float64 result: 1e-6 is what the float32 form may be off by."""
+def test_fused_forms_are_the_composition(machine: Machine, tokens: int, width: int, group: int, planes: int) -> None:
+    """out = QuantizedRows against the float32 form: 1e-6 is what the two may differ by."""
     x, weight = mixed_rows(7, tokens, width), 1 + 0.1 * normal(8, width)
-    out = machine.rows(tokens, width, group)
+    out = machine.rows(tokens, width, group, planes)
     machine.run("rmsnorm", machine.put(x), machine.put(weight), 1e-5, out)
-    plain, composed = machine.out(tokens, width), machine.rows(tokens, width, group)
+    plain, composed = machine.out(tokens, width), machine.rows(tokens, width, group, planes)
     machine.run("rmsnorm", machine.put(x), machine.put(weight), 1e-5, plain)
     machine.run("quantize", plain, composed)
     assert_quantizes(machine, out, machine.get(plain), relative=1e-6)
     assert_same_codes(machine, out, composed)
 
     gate_up = np.concatenate([4 * normal(9, tokens, width), x], axis=1)
-    out = machine.rows(tokens, width, group)
+    out = machine.rows(tokens, width, group, planes)
     machine.run("swiglu", machine.put(gate_up), out)
-    plain, composed = machine.out(tokens, width), machine.rows(tokens, width, group)
+    plain, composed = machine.out(tokens, width), machine.rows(tokens, width, group, planes)
     machine.run("swiglu", machine.put(gate_up), plain)
     machine.run("quantize", plain, composed)
     assert_quantizes(machine, out, machine.get(plain), relative=1e-6)
     assert_same_codes(machine, out, composed)
 
 
-def assert_same_codes(machine: Machine, fused: object, composed: object) -> None:
-    """At most one code in a hundred differs, and by one: those that stand on a rounding edge."""
-    a, b = (machine.get_rows(rows)[0].astype(np.int32) for rows in (fused, composed))
-    assert np.abs(a - b).max() <= 1
-    assert (a != b).mean() <= 0.01
+def assert_same_codes(machine: Machine, fused: QuantizedRows, composed: QuantizedRows) -> None:
+    """Few codes differ, and by one: those that stand on a rounding edge, within top * 2e-7 of a half.
+
+    (By two where the low byte of one of them, -128, became -127.)
+    """
+    a, b = (machine.get_rows(rows)[0] for rows in (fused, composed))
+    assert np.abs(a - b).max() <= fused.planes
+    assert (a != b).mean() <= 0.01 * fused.planes
 
 
-def test_swiglu_quantizes_rows_wider_than_one_task(machine: Machine) -> None:
+@pytest.mark.parametrize("planes", [1, 2])
+def test_swiglu_quantizes_rows_wider_than_one_task(machine: Machine, planes: int) -> None:
     gate_up = normal(10, 2, 2 * 2080)  # 2048 + 32: a split into parts of 1024 leaves a short one
-    out = machine.rows(2, 2080, 32)
+    out = machine.rows(2, 2080, 32, planes)
     machine.run("swiglu", machine.put(gate_up), out)
     plain = machine.out(2, 2080)
     machine.run("swiglu", machine.put(gate_up), plain)

@@ -109,7 +109,9 @@ class Kernel:
             on_first_compile()
             on_first_compile = None
         start = time.perf_counter()
-        entry = CFunc(_entry_function(self.function, argument_types), (_ENTRY.args, _ENTRY.return_type), {}, _OPTIONS)
+        entry: Any = CFunc(
+            _entry_function(self.function, argument_types), (_ENTRY.args, _ENTRY.return_type), {}, _OPTIONS
+        )
         entry.compile()
         compiled_seconds += time.perf_counter() - start
         symbol = entry.native_name

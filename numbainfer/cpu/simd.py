@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -276,18 +276,12 @@ def hmax(builder: Any, a: Any) -> Any:
     return _call(builder, "llvm.vector.reduce.fmax.v16f32", _f32, a, fast=("nnan",))
 
 
-@_define(types.float32, types.int64)
-def f32_from_bits(builder: Any, bits: Any) -> Any:
-    """The float32 whose bits are the low 32 of an integer."""
-    return builder.bitcast(builder.trunc(bits, _i32), _f32)
-
-
 def _binary(op: Callable, vector: Any, emit: str) -> None:
     """Makes `a op b` work on two vector values."""
 
     @infer_global(op)
     class Typing(ConcreteTemplate):
-        cases = [signature(vector, vector, vector)]
+        cases: ClassVar = [signature(vector, vector, vector)]
 
     @lower_builtin(op, vector, vector)
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
