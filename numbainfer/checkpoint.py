@@ -94,11 +94,12 @@ class Checkpoint:
         index = self.path / INDEX_NAME
         if not index.exists():
             return [self.path / WEIGHTS_NAME]
-        weight_map = read_json(index).get("weight_map")
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict):
             raise NumbaInferError(f"{index}: no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
-        if any(Path(name).name != name for name in names):
+        if any(Path(name).name != name or not name.isprintable() for name in names):
             raise NumbaInferError(f"{index}: names a file outside its directory")
         return [self.path / name for name in names]
 
@@ -118,6 +119,17 @@ class Checkpoint:
         for name in self._where:
             if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) not in shapes:
                 raise NumbaInferError(f"{self.path}: tensor {name} belongs to no matrix")
+        for names in matrix_names(self.config):
+            if len({self._storage(name) for name in names}) > 1:
+                raise NumbaInferError(
+                    f"{self.path}: {names[0]} and {names[-1]}, which are used together, differ in dtype or group; "
+                    "convert the model again"
+                )
+
+    def _storage(self, name: str) -> tuple[str, int | None]:
+        """A matrix's dtype, and its group where it is int8."""
+        dtype = self._where[name].tensors[name].dtype
+        return dtype, self._group(name) if dtype == "I8" else None
 
     def _group(self, name: str) -> int:
         """The group size of an int8 matrix."""

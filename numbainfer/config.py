@@ -234,6 +234,8 @@ class _Reader:
                     "if it does not change what the model computes, remove it from the file"
                 )
         layer_types = self.raw.get("layer_types")
+        if layer_types is not None and not isinstance(layer_types, list):
+            raise NumbaInferError(f"{self.where}: layer_types must be a list, not {str(layer_types)[:60]!r}")
         if layer_types is not None and any(kind != "full_attention" for kind in layer_types):
             raise NumbaInferError(f"{self.where}: layer_types other than full_attention are not supported")
 

@@ -39,6 +39,10 @@ def test_greedy_text(engine: Engine) -> None:
     assert generation.text.lstrip().startswith(STORY)
     assert len(generation.tokens) == 60
     assert (generation.finish_reason, generation.context_full) == ("length", False)
+    # a reply that does not carry the prompt on begins without sentencepiece's space
+    assert generation.text.startswith(" ")
+    _, pieces = engine.generate([1], SamplingParams(max_tokens=60), continues=False)
+    assert "".join(pieces) == generation.text[1:]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 30])

@@ -114,7 +114,7 @@ def test_importing_needs_no_gpu(statement: str, unwanted: tuple[str, ...]) -> No
 
 # A module imports only from its own floor and those below. cpu/, gpu/ and converters/ stand as wholes.
 FLOORS = [
-    ["_version", "errors", "device", "memory", "quantization"],
+    ["_version", "errors", "progress", "device", "memory", "quantization"],
     ["cpu", "gpu"],
     ["registry"],
     ["config", "specs", "safetensors_file", "checkpoint", "kv_cache"],

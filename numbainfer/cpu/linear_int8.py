@@ -28,6 +28,8 @@ from numbainfer.cpu.simd import (
     fma,
     get,
     hsum,
+    lane0,
+    lanes0_8,
     load_i8,
     load_i8_half,
     load_word,
@@ -47,6 +49,7 @@ from numbainfer.cpu.tile import (
     tile_next_plane,
     tile_spill,
     tile_start,
+    tile_transpose,
     tile_zero,
     tile_zero_i32,
 )
@@ -62,42 +65,55 @@ def _make_row_kernels(group: int, planes: int) -> tuple[Kernel, Kernel]:
     """The row form for one token, and for four at a time."""
 
     @njit
-    def block(w, x, low, i, width):
-        """float32 sums of products of columns i to i + 63; the last block of a row may have 32 columns."""
-        weights = load_i8(w, i) if width - i >= 64 else load_i8_half(w, i)
-        d = dot4(splat_i32(int32(0)), weights, load_i8(x, i))
-        if planes == 2:
-            d = dot4(times256(d), weights, load_i8(x, low + i))
-        return to_f32(d)
-
-    @njit
-    def factor(ws, xs, i, width):
-        """Weight scale times activation scale, for the lanes of the 64-byte block at column i."""
+    def start(sums, i, width):
+        """What takes the offset's surplus back, -OFFSET * sum(q): in one lane of each group, once a group."""
         g = i // group
-        first = get(ws, g) * xs[g]
+        if OFFSET == 0 or i % group:
+            return splat_i32(int32(0))
         if group == 32:  # a block is two groups, or one at the end of a row
-            return splat2(first, get(ws, g + 1) * xs[g + 1] if i + 32 < width else float32(0))
-        return splat(first)
+            return lanes0_8(int32(-OFFSET) * sums[g], int32(-OFFSET) * sums[g + 1] if i + 32 < width else int32(0))
+        return lane0(int32(-OFFSET) * sums[g])
 
     @njit
-    def surplus(ws, xs, sums, groups):
-        """What counting weights as w + OFFSET added to a row's sum."""
-        total = float32(0)
-        if OFFSET:
-            for g in range(groups):
-                total += get(ws, g) * xs[g] * float32(sums[g])
-        return total * float32(OFFSET)
+    def weight_scale(ws, i, width):
+        """The weight scales of the lanes of the 64-byte block at column i."""
+        g = i // group
+        if group == 32:
+            return splat2(get(ws, g), get(ws, g + 1) if i + 32 < width else float32(0))
+        return splat(get(ws, g))
+
+    @njit
+    def scale(xs, i, width):
+        """The activation scales of the same lanes."""
+        g = i // group
+        if group == 32:
+            return splat2(xs[g], xs[g + 1] if i + 32 < width else float32(0))
+        return splat(xs[g])
+
+    @njit
+    def block(weights, x, low, sums, i, width):
+        """float32 sums of products of columns i to i + 63."""
+        d = start(sums, i, width)
+        if planes == 2:
+            high = dot4(splat_i32(int32(0)), weights, load_i8(x, i))
+            return to_f32(times256(high) + dot4(d, weights, load_i8(x, low + i)))
+        return to_f32(dot4(d, weights, load_i8(x, i)))
+
+    @njit
+    def row_block(w, i, width):
+        """64 weights from column i on; the last block of a row may have 32."""
+        return load_i8(w, i) if width - i >= 64 else load_i8_half(w, i)
 
     @kernel
     def gemv(task, worker, w, ws, x, low, xs, sums, bias, residual, flags, y, rows, width, per_task):
-        groups = width // group
         for row in range(task * per_task, min(rows, (task + 1) * per_task)):
-            w_row, ws_row = advance(w, row * width), advance(ws, row * groups)
+            w_row, ws_row = advance(w, row * width), advance(ws, row * (width // group))
             acc = splat(float32(0))
             for i in range(0, width, 64):
                 prefetch(w_row, i + AHEAD)
-                acc = fma(block(w_row, x, low, i, width), factor(ws_row, xs, i, width), acc)
-            value = hsum(acc) - surplus(ws_row, xs, sums, groups)
+                factor = weight_scale(ws_row, i, width) * scale(xs, i, width)
+                acc = fma(block(row_block(w_row, i, width), x, low, sums, i, width), factor, acc)
+            value = hsum(acc)
             if flags & 1:
                 value += bias[row]
             if flags & 2:
@@ -119,16 +135,12 @@ def _make_row_kernels(group: int, planes: int) -> tuple[Kernel, Kernel]:
                 a0 = a1 = a2 = a3 = splat(float32(0))
                 for i in range(0, width, 64):
                     prefetch(w_row, i + AHEAD)
-                    a0 = fma(block(w_row, x0, low, i, width), factor(ws_row, s0, i, width), a0)
-                    a1 = fma(block(w_row, x1, low, i, width), factor(ws_row, s1, i, width), a1)
-                    a2 = fma(block(w_row, x2, low, i, width), factor(ws_row, s2, i, width), a2)
-                    a3 = fma(block(w_row, x3, low, i, width), factor(ws_row, s3, i, width), a3)
-                values = (
-                    hsum(a0) - surplus(ws_row, s0, n0, groups),
-                    hsum(a1) - surplus(ws_row, s1, n1, groups),
-                    hsum(a2) - surplus(ws_row, s2, n2, groups),
-                    hsum(a3) - surplus(ws_row, s3, n3, groups),
-                )
+                    v, factor = row_block(w_row, i, width), weight_scale(ws_row, i, width)
+                    a0 = fma(block(v, x0, low, n0, i, width), factor * scale(s0, i, width), a0)
+                    a1 = fma(block(v, x1, low, n1, i, width), factor * scale(s1, i, width), a1)
+                    a2 = fma(block(v, x2, low, n2, i, width), factor * scale(s2, i, width), a2)
+                    a3 = fma(block(v, x3, low, n3, i, width), factor * scale(s3, i, width), a3)
+                values = (hsum(a0), hsum(a1), hsum(a2), hsum(a3))
                 for j in range(min(4, tokens - first)):
                     at = (first + j) * rows + row
                     value = values[j]
@@ -144,18 +156,16 @@ def _make_row_kernels(group: int, planes: int) -> tuple[Kernel, Kernel]:
 @njit
 def _pack(w, ws, valid, width, groups, panel, scales):
     """Rows of W as panel [width / 4][32][4] (with the offset added) and scales [groups][32]; absent rows as zeros."""
-    for r in range(TILE_ROWS):
-        if r < valid:
-            w_row = advance(w, r * width)
-            for k in range(width // 4):
-                store_word(panel, (k * TILE_ROWS + r) * 4, load_word(w_row, 4 * k) ^ int32(OFFSET_BYTES))
+    for half in range(0, TILE_ROWS, 16):
+        whole = width // 64 * 64 if valid >= half + 16 else 0
+        for i in range(0, whole, 64):
+            tile_transpose(advance(w, half * width + i), width, advance(panel, (i * TILE_ROWS + half * 4)))
+        for r in range(half, half + 16):  # the last columns, or the last rows, by words
+            for i in range(whole, width, 4):
+                word = load_word(w, r * width + i) if r < valid else int32(0)
+                store_word(panel, i * TILE_ROWS + r * 4, word ^ int32(OFFSET_BYTES))
             for g in range(groups):
-                scales[g * TILE_ROWS + r] = get(ws, r * groups + g)
-        else:
-            for k in range(width // 4):
-                store_word(panel, (k * TILE_ROWS + r) * 4, int32(0))
-            for g in range(groups):
-                scales[g * TILE_ROWS + r] = float32(0)
+                scales[g * TILE_ROWS + r] = get(ws, r * groups + g) if r < valid else float32(0)
 
 
 def _make_panel_kernel(group: int, planes: int) -> Kernel:

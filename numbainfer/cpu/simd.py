@@ -307,6 +307,19 @@ def splat_i32(builder: Any, x: Any) -> Any:
     return _splat(builder, x, I32x16.llvm)
 
 
+@_define(I32x16, types.int32)
+def lane0(builder: Any, x: Any) -> Any:
+    """x in lane 0, zeros elsewhere."""
+    return builder.insert_element(_constant(I32x16.llvm, 0), x, ir.Constant(_i32, 0))
+
+
+@_define(I32x16, types.int32, types.int32)
+def lanes0_8(builder: Any, x: Any, y: Any) -> Any:
+    """x in lane 0, y in lane 8, zeros elsewhere."""
+    first = builder.insert_element(_constant(I32x16.llvm, 0), x, ir.Constant(_i32, 0))
+    return builder.insert_element(first, y, ir.Constant(_i32, 8))
+
+
 @_define(types.int32, I32x16)
 def hsum_i32(builder: Any, a: Any) -> Any:
     """The sum of the lanes."""

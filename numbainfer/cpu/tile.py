@@ -129,3 +129,30 @@ def tile_spill(builder: Any, tile: list, out: Any) -> None:
     for i, vector in enumerate(tile):
         address = builder.gep(out, [_index(16 * i)])
         builder.store(vector, builder.bitcast(address, F32x16.llvm.as_pointer()), align=1)
+
+
+@_tile_intrinsic(types.void, _P8, types.int64, _P8)
+def tile_transpose(builder: Any, tile: list, rows: Any, stride: Any, panel: Any) -> None:
+    """Packs 16 rows of 64 bytes, `stride` apart, into 16 vectors of a panel: vector k has bytes 4k to 4k + 3 of each.
+
+    A 16 x 16 transpose of int32 in four rounds: round n exchanges, between rows 2^n apart, the lanes whose bit n
+    differs. weight_offset is added on the way.
+    """
+    vectors = []
+    for row in range(16):
+        vector = _load(builder, rows, builder.mul(stride, _index(row)), I32x16)
+        if detect().weight_offset:
+            vector = builder.xor(vector, ir.Constant(I32x16.llvm, [-0x7F7F7F80] * 16))  # bytes 0x80
+        vectors.append(vector)
+    lanes = ir.VectorType(ir.IntType(32), 16)
+    for step in (1, 2, 4, 8):
+        low = [lane if lane & step == 0 else 16 + lane - step for lane in range(16)]
+        high = [lane + step if lane & step == 0 else 16 + lane for lane in range(16)]
+        for row in range(16):
+            if row & step == 0:
+                a, b = vectors[row], vectors[row + step]
+                vectors[row] = builder.shuffle_vector(a, b, ir.Constant(lanes, low))
+                vectors[row + step] = builder.shuffle_vector(a, b, ir.Constant(lanes, high))
+    for k, vector in enumerate(vectors):
+        address = builder.gep(panel, [_index(k * 4 * TILE_ROWS)])
+        builder.store(vector, builder.bitcast(address, I32x16.llvm.as_pointer()), align=1)

@@ -1,0 +1,130 @@
+"""Times numbainfer and a peer alternately, so that the ratio holds on a machine whose speed drifts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from numbainfer.bench import RANDOM, RandomWeights
+from numbainfer.config import ModelConfig
+from numbainfer.cpu import BandwidthProbe
+from numbainfer.device import Device, cpu_name
+from numbainfer.model import Model
+from numbainfer.registry import bind
+
+# Both engines keep threads that poll for work for a while after their last call; they get this long to fall asleep.
+REST_SECONDS = 0.3
+
+
+class Numbainfer:
+    """Random int8 weights of a real shape, behind the two calls that a peer offers too."""
+
+    def __init__(self, architecture: str, context: int, threads: int) -> None:
+        self.ops = bind(Device("cpu"), threads)
+        self.model = Model(self.ops, RandomWeights(architecture), context)
+        self._sequence = self.model.cache.add_sequence()
+        self._random = np.random.default_rng(0)
+
+    def reset(self, depth: int) -> None:
+        """Leaves `depth` tokens in the cache."""
+        self.model.cache.truncate(self._sequence, depth)
+        if len(self._sequence) < depth:
+            self.prefill(depth - len(self._sequence))
+
+    def prefill(self, count: int) -> None:
+        """Appends `count` tokens at once."""
+        tokens = self._random.integers(0, self.model.config.vocab_size, count).tolist()
+        for start in range(0, count, self.model.chunk):
+            part = tokens[start : start + self.model.chunk]
+            first = len(self._sequence)
+            self.model.cache.append(self._sequence, part)
+            last = start + len(part) == count
+            self.model.step(part, np.arange(first, first + len(part)), self._sequence.row, "last" if last else "none")
+
+    def decode(self, count: int) -> None:
+        """Appends `count` tokens one by one."""
+        for _ in range(count):
+            self.prefill(1)
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """The options that every comparison takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", choices=RANDOM, default="llama-3.2-1b")
+    parser.add_argument("-p", "--prompt-tokens", type=int, default=512)
+    parser.add_argument("-n", "--gen-tokens", type=int, default=64)
+    parser.add_argument("-d", "--depth", type=int, default=0, help="tokens in the cache before the test")
+    parser.add_argument("-r", "--repetitions", type=int, default=3)
+    parser.add_argument("-t", "--threads", type=int, default=2)
+    parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
+    return parser.parse_args()
+
+
+def config_of(architecture: str) -> ModelConfig:
+    """The shape of a model that `bench --random` knows."""
+    return ModelConfig.from_dict(RANDOM[architecture], architecture)
+
+
+def compare(name: str, peer: Any, options: argparse.Namespace) -> None:
+    """Runs both in turn and prints tokens per second, ratios and the share of the read bandwidth.
+
+    peer: an object with reset(depth), prefill(count) and decode(count).
+    """
+    ours = Numbainfer(options.model, options.depth + max(options.prompt_tokens, options.gen_tokens), options.threads)
+    probe = BandwidthProbe(ours.ops.stream)
+    rows = []
+    for test, count in (("pp", options.prompt_tokens), ("tg", options.gen_tokens)):
+        if count == 0:
+            continue
+        seconds: dict[str, list[float]] = {"numbainfer": [], name: []}
+        ceilings = []
+        for repetition in range(options.repetitions + 1):  # the first is a warm-up
+            for engine_name, engine in (("numbainfer", ours), (name, peer)):
+                engine.reset(options.depth)
+                time.sleep(REST_SECONDS)
+                taken = _timed(engine.prefill if test == "pp" else engine.decode, count)
+                if repetition:
+                    seconds[engine_name].append(taken)
+            time.sleep(REST_SECONDS)
+            ceilings.append(probe.measure())
+        ratios = [b / a for a, b in zip(seconds["numbainfer"], seconds[name], strict=True)]
+        bytes_per_token = sum(
+            m.nbytes for layer in ours.model.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        )
+        speed = count / statistics.median(seconds["numbainfer"])
+        moved = (bytes_per_token + ours.model.head.nbytes) * speed
+        rows.append(
+            {
+                "model": options.model,
+                "test": f"{test}{count}" + (f"@d{options.depth}" if options.depth else ""),
+                "threads": options.threads,
+                "numbainfer": speed,
+                name: count / statistics.median(seconds[name]),
+                "ratio": statistics.median(ratios),
+                "percent_of_ceiling": 100 * moved / statistics.median(ceilings) if test == "tg" else None,
+                "ceiling_gb_s": statistics.median(ceilings) / 1e9,
+                "cpu": cpu_name(),
+            }
+        )
+    if options.output == "json":
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        share = f", {row['percent_of_ceiling']:.0f}% of the read bandwidth" if row["percent_of_ceiling"] else ""
+        print(
+            f"{row['model']} {row['test']} ({row['threads']} threads): numbainfer {row['numbainfer']:.1f} tok/s, "
+            f"{name} {row[name]:.1f} tok/s, ratio {row['ratio']:.2f}{share}",
+            flush=True,
+        )
+
+
+def _timed(call: Callable[[int], None], count: int) -> float:
+    start = time.perf_counter()
+    call(count)
+    return time.perf_counter() - start

@@ -1,0 +1,137 @@
+"""numbainfer beside llama.cpp on the same cores: same shape, random weights, int8 here and Q8_0 there.
+
+    pip install . llama-cpp-python
+    python benchmarks/cpu_vs_llama_cpp.py --model llama-3.2-1b
+
+llama.cpp's model is written as a GGUF into a temporary directory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+from compare import arguments, compare, config_of
+
+_ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+_BLOCK = 34  # bytes of a Q8_0 block: a float16 scale and 32 int8 values
+
+
+def write_q8_0(architecture: str, path: Path) -> None:
+    """A GGUF of that shape with random Q8_0 matrices and no vocabulary."""
+    config = config_of(architecture)
+    name = _ARCHITECTURES[config.architecture]
+    writer = gguf.GGUFWriter(path, name)
+    writer.add_context_length(config.max_positions)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+
+    random = np.random.default_rng(0).integers(-127, 128, 1 << 24, dtype=np.int8)
+
+    def matrix(tensor: str, rows: int, width: int) -> None:
+        blocks = np.empty((rows * width // 32, _BLOCK), np.uint8)
+        blocks[:, :2] = np.full(1, 1 / (73 * width**0.5), np.float16).view(np.uint8)
+        blocks[:, 2:] = np.resize(random, rows * width).view(np.uint8).reshape(-1, 32)
+        writer.add_tensor(tensor, blocks.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+
+    def vector(tensor: str, size: int, value: float) -> None:
+        writer.add_tensor(tensor, np.full(size, value, np.float32))
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    matrix("token_embd.weight", config.vocab_size, hidden)
+    vector("output_norm.weight", hidden, 1)
+    if not config.tied_embeddings:
+        matrix("output.weight", config.vocab_size, hidden)
+    for i in range(config.layers):
+        vector(f"blk.{i}.attn_norm.weight", hidden, 1)
+        vector(f"blk.{i}.ffn_norm.weight", hidden, 1)
+        for part, rows in (("q", q), ("k", kv), ("v", kv)):
+            matrix(f"blk.{i}.attn_{part}.weight", rows, hidden)
+            if name == "qwen2":
+                vector(f"blk.{i}.attn_{part}.bias", rows, 0)
+        if name == "qwen3":
+            vector(f"blk.{i}.attn_q_norm.weight", config.head_dim, 1)
+            vector(f"blk.{i}.attn_k_norm.weight", config.head_dim, 1)
+        matrix(f"blk.{i}.attn_output.weight", hidden, q)
+        matrix(f"blk.{i}.ffn_gate.weight", inner, hidden)
+        matrix(f"blk.{i}.ffn_up.weight", inner, hidden)
+        matrix(f"blk.{i}.ffn_down.weight", hidden, inner)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class LlamaCpp:
+    """A GGUF in llama.cpp, through its C interface."""
+
+    def __init__(self, path: Path, context: int, threads: int) -> None:
+        llama_cpp.llama_backend_init()
+        self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
+        self._model = llama_cpp.llama_load_model_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        params: Any = llama_cpp.llama_context_default_params()
+        params.n_ctx = context + 8
+        params.n_batch = params.n_ubatch = 512
+        params.n_threads = params.n_threads_batch = threads
+        self._context = llama_cpp.llama_new_context_with_model(self._model, params)
+        if not self._context:
+            raise RuntimeError(f"llama.cpp can't open {path}")
+        self._length = 0
+        self._random = np.random.default_rng(0)
+        self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+
+    def reset(self, depth: int) -> None:
+        """Leaves `depth` tokens in the cache."""
+        memory = llama_cpp.llama_get_memory(self._context)
+        llama_cpp.llama_memory_seq_rm(memory, 0, depth, -1)
+        self._length = min(self._length, depth)
+        if self._length < depth:
+            self.prefill(depth - self._length)
+
+    def prefill(self, count: int) -> None:
+        """Appends `count` tokens at once."""
+        tokens = self._random.integers(0, self._vocabulary, count).tolist()
+        for start in range(0, count, 512):
+            part = tokens[start : start + 512]
+            array = (llama_cpp.llama_token * len(part))(*part)
+            code = llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(array, len(part)))
+            if code:
+                raise RuntimeError(f"llama_decode failed with {code}")
+        llama_cpp.llama_synchronize(self._context)
+        self._length += count
+
+    def decode(self, count: int) -> None:
+        """Appends `count` tokens one by one."""
+        for _ in range(count):
+            self.prefill(1)
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "random.gguf"
+        write_q8_0(options.model, path)
+        context = options.depth + max(options.prompt_tokens, options.gen_tokens)
+        compare("llama.cpp Q8_0", LlamaCpp(path, context, options.threads), options)
+
+
+if __name__ == "__main__":
+    main()
