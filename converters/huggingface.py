@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from numbainfer.checkpoint import read_json
 from numbainfer.converters import tokenizer_files
 from numbainfer.converters.source import Array, Source, SourceTensor
 from numbainfer.errors import NumbaInferError
@@ -37,7 +37,7 @@ def open_huggingface(directory: Path) -> Source:
         path=directory,
         format="huggingface",
         config=config,
-        generation_config=read_json_object(generation) if generation.exists() else None,
+        generation_config=read_json_object(generation) if generation.is_file() else None,
         tokenizer_files=tokenizer_files.from_directory(directory),
         tensors=tensors,
     )
@@ -45,12 +45,7 @@ def open_huggingface(directory: Path) -> Source:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; NumbaInferError if it can't be read or is anything else."""
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise NumbaInferError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise NumbaInferError(f"{path} is not valid JSON ({error})") from error
+    value = read_json(path)
     if not isinstance(value, dict):
         raise NumbaInferError(f"{path} is not a JSON object")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -88,16 +89,22 @@ def open_source(path: Path | str, *, tokenizer: Path | str | None = None, requir
     return source
 
 
+def require_path(path: Path) -> None:
+    """Refuses a path where nothing is, with a hint if it has the form of a hub id."""
+    if not path.exists():
+        problem = "a symbolic link that leads nowhere" if path.is_symlink() else "no such file or directory"
+        raise NumbaInferError(f"{path}: {problem}{_hub_hint(path)}")
+
+
 def _open(path: Path) -> Source:
+    require_path(path)
     if path.is_dir():
-        if (path / "config.json").exists():
+        if (path / "config.json").is_file():
             from numbainfer.converters import huggingface
 
             return huggingface.open_huggingface(path)
         hint = "it has no config.json" if any(path.iterdir()) else "it is empty"
         raise NumbaInferError(f"{path} is not a model directory: {hint}")
-    if not path.exists():
-        raise NumbaInferError(f"{path}: no such file or directory{_hub_hint(path)}")
     if not path.is_file():
         raise NumbaInferError(f"{path} is neither a file nor a directory")
     with path.open("rb") as file:
@@ -117,7 +124,7 @@ def _open(path: Path) -> Source:
 
 def _hub_hint(path: Path) -> str:
     """What to do about a missing path that has the form of a Hugging Face hub id, else nothing."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path.as_posix()) or path.parent.exists():
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path.as_posix()) or os.path.lexists(path.parent):
         return ""
     return (
         "; if it is a Hugging Face hub id: downloading is not supported yet, so download it "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from numbainfer.checkpoint import read_file
 from numbainfer.converters.vocabulary import llama2c_tokenizer_files
 from numbainfer.errors import NumbaInferError
 
@@ -23,7 +24,7 @@ NAMES = (
 
 def from_directory(directory: Path) -> dict[str, bytes]:
     """The tokenizer's files of a Hugging Face directory; empty if they hold no vocabulary."""
-    files = {name: _read(directory / name) for name in NAMES if (directory / name).is_file()}
+    files = {name: read_file(directory / name) for name in NAMES if (directory / name).is_file()}
     has_vocabulary = files.keys() & {"tokenizer.json", "tokenizer.model"} or files.keys() >= {
         "vocab.json",
         "merges.txt",
@@ -42,7 +43,7 @@ def read(path: Path, vocab_size: object) -> dict[str, bytes]:
         if not files:
             raise NumbaInferError(f"{path} has none of tokenizer.json, tokenizer.model, tokenizer.bin")
         return files
-    data = _read(path)
+    data = read_file(path)
     if data.lstrip()[:1] == b"{":
         return {"tokenizer.json": data}
     # A sentencepiece model begins with its first piece, as protobuf has it: tag 0x0a, then a length, never
@@ -67,10 +68,3 @@ def beside(model: Path, vocab_size: object) -> dict[str, bytes]:
         if path.is_file():
             return read(path, vocab_size)
     return {}
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise NumbaInferError(f"cannot read {path}: {error.strerror or error}") from error

@@ -48,7 +48,10 @@ class Session:
         for name, default in DEFAULTS.items():
             given, own = sampling.get(name), model.get(name)
             chosen[name] = given if given is not None else own if _is_number(own) else default
-        self.params = SamplingParams(**chosen, max_tokens=max_tokens, stop=stop)
+        try:
+            self.params = SamplingParams(**chosen, max_tokens=max_tokens, stop=stop)
+        except NumbaInferError as error:  # what the user gave was checked before
+            raise NumbaInferError(f"generation_config.json: {error}; give another on the command line") from error
 
     def prompt_tokens(self, text: str) -> list[int]:
         """The tokens that ask for a reply to `text`, after the conversation so far."""

@@ -30,6 +30,7 @@ SCALE_SUFFIX = "_scale"
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 
+_MAX_FILE_BYTES = 1 << 28  # the largest tokenizer.json of 2026 has 35 MB, an index less
 _FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -50,12 +51,20 @@ class Weights(Protocol):
         """Bytes of all tensors."""
 
 
+def read_file(path: Path) -> bytes:
+    """The content of one of the small files beside the weights."""
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise NumbaInferError(f"{path} is too large for what its name says")
+        return path.read_bytes()
+    except OSError as error:
+        raise NumbaInferError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def read_json(path: Path) -> Any:
     """A JSON file's content; one error line for whatever is wrong with it."""
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise NumbaInferError(f"cannot read {path}: {error.strerror or error}") from error
+        return json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
         raise NumbaInferError(f"{path} is not valid JSON: {error}") from error
 

@@ -36,7 +36,8 @@ def main() -> None:
             code = _run(sys.argv[1:])
             sys.stdout.flush()  # here, where a full disk or a reader that left can still be told
     except click.ClickException as error:
-        hint = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
+        context = getattr(error, "ctx", None)  # usage errors know the command
+        hint = f" (see {context.command_path} --help)" if context else ""
         code = _fail(error.format_message().removesuffix(".") + hint, 2)
     except (KeyboardInterrupt, click.Abort):
         code = 130
@@ -173,17 +174,9 @@ def commands(context: click.Context) -> None:
 @click.option("-n", "--max-tokens", type=click.IntRange(0), default=512, show_default=True, help="New tokens at most.")
 @click.option("--temperature", type=click.FloatRange(0), help="0: always the most likely token [default: 0.7].")
 @click.option("--top-k", type=click.IntRange(0), help="Only the k most likely tokens; 0: all [default: 40].")
-@click.option(
-    "--top-p",
-    type=float,
-    help="The most likely that together reach this [default: 0.95].",
-)
+@click.option("--top-p", type=float, help="The most likely that together reach this [default: 0.95].")
 @click.option("--min-p", type=float, help="At least this times the most likely one's probability [default: 0].")
-@click.option(
-    "--repetition-penalty",
-    type=float,
-    help="Above 1: tokens that were there get less likely [default: 1].",
-)
+@click.option("--repetition-penalty", type=float, help="Above 1: tokens that were there get less likely [default: 1].")
 @click.option("--seed", type=click.IntRange(0), help="Same seed, same text.")
 @click.option("--system", metavar="TEXT", help="The system message of a chat model.")
 @click.option("--stop", multiple=True, metavar="STR", help="Text that ends the reply (repeatable).")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -12,17 +13,17 @@ from typing import Any
 
 import platformdirs
 
-from numbainfer.checkpoint import Checkpoint, Weights, is_checkpoint, read_json
+from numbainfer.checkpoint import Checkpoint, Weights, is_checkpoint, read_file, read_json
 from numbainfer.converters.convert import SourceWeights, Target, convert
 from numbainfer.converters.demo import fetch_demo
-from numbainfer.converters.source import open_source
+from numbainfer.converters.source import open_source, require_path
 from numbainfer.device import Device
 from numbainfer.engine import DEFAULT_CTX_SIZE, Engine
 from numbainfer.errors import NumbaInferError
 from numbainfer.model import CHUNK, Model
 from numbainfer.progress import Progress
 from numbainfer.registry import Operators, bind
-from numbainfer.tokenizer import Tokenizer
+from numbainfer.tokenizer import TOKENIZER_FILES, Tokenizer
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 
@@ -57,11 +58,21 @@ def names_a_model(text: str) -> bool:
     path of a model file, or a hub id (owner/name)."""
     if not text or "\n" in text or len(text) > 4096:
         return False
-    if Path(text).exists():
+    if os.path.lexists(text):  # False, not an error, for a prompt that is too long to be a path
         return True
     return re.search(r"\s", text) is None and (
         text.endswith((".gguf", ".bin")) or re.fullmatch(r"[\w.~-]*(/[\w.-]+)+/?(@[\w.-]+)?", text) is not None
     )
+
+
+def require_model(text: str) -> None:
+    """Refuses a MODEL that is not there."""
+    if not text:
+        raise NumbaInferError("the model's name is empty")
+    try:
+        require_path(Path(text))
+    except OSError as error:
+        raise NumbaInferError(f"cannot read {text}: {error.strerror}") from error
 
 
 def open_model(
@@ -74,19 +85,21 @@ def open_model(
     """A converted directory mapped in place; any other source to be quantized while loading; None: the demo model."""
     path = demo_directory(progress) if path is None else Path(path)
     if path.is_dir() and is_checkpoint(path):
-        weights: Weights = Checkpoint(path)
-        files = {p.name: p.read_bytes() for p in path.iterdir() if p.suffix in (".json", ".model", ".jinja")}
         if tokenizer is not None:
             raise NumbaInferError("--tokenizer goes with a .bin; a converted model has its own")
+        weights: Weights = Checkpoint(path)
+        files = {name: read_file(path / name) for name in TOKENIZER_FILES if (path / name).is_file()}
     else:
         source = open_source(path, tokenizer=tokenizer, require_tokenizer=require_tokenizer)
         files = {**source.tokenizer_files, "config.json": json.dumps(source.config).encode()}
         if source.generation_config is not None:
             files["generation_config.json"] = json.dumps(source.generation_config).encode()
         weights = SourceWeights(source, Target(), progress)
-    known = Tokenizer.from_files(files, weights.config.vocab_size) if require_tokenizer else None
+    if not require_tokenizer:
+        return OpenedModel(weights, None, {}, weights.name)
+    known = Tokenizer.from_files(files, weights.config.vocab_size)  # which checks the JSON files too
     generation = json.loads(files.get("generation_config.json", b"{}"))
-    return OpenedModel(weights, known, generation if isinstance(generation, dict) else {}, weights.name)
+    return OpenedModel(weights, known, generation, weights.name)
 
 
 def load(
@@ -133,7 +146,7 @@ def demo_directory(progress: Progress | None = None) -> Path:
     gguf = fetch_demo(models, progress)
     try:
         with open_source(gguf) as source:
-            convert(source, directory, Target(), force=True, progress=progress)
+            convert(source, directory, Target(), progress=progress)
     except NumbaInferError:
         if not _is_intact(directory):  # else another process was faster
             raise

@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import reprlib
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class SafetensorsFile:
         self.path = Path(path)
         self._last_rows = (0, 0)  # the byte range that `rows` gave last
         try:
+            if not stat.S_ISREG(self.path.stat().st_mode):  # opening a FIFO would wait for ever
+                raise self._error("not a regular file")
             with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < 8:

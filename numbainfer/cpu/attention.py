@@ -1,7 +1,11 @@
 """Causal attention over the paged KV cache, with the online softmax.
 
-A task is one token and one key/value head: its query heads share every key and value that is read. Keys come page by
-page: the scores of a page, their maximum, what this page adds to the sum of weights and to the weighted values.
+Keys come page by page: the scores of a page, their maximum, what this page adds to the sum of weights and to the
+weighted values. Two forms:
+
+- few tokens (decode): a task is one token and one key/value head, whose query heads share every key that is read.
+- many (prefill): a task is BLOCK tokens and one key/value head. Each page is widened to float32 once, keys transposed,
+  and meets four queries at a time in registers: scores and weighted values are both sums of outer products.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from numbainfer.cpu.launch import Stream
 from numbainfer.cpu.quantize import check_rows, quantize
 from numbainfer.cpu.rope import PAGE, check_pages
 from numbainfer.cpu.simd import advance, exp, fma, get, hmax, hsum, load, maximum, splat, store
+from numbainfer.cpu.tile import outer_add, outer_load, outer_store, outer_zero
 from numbainfer.quantization import QuantizedRows
 
 
@@ -113,6 +118,91 @@ def _attention(
             o[h * head_dim + i] *= inverse
 
 
+BLOCK = 16  # tokens of a prefill task
+QUERIES = 4  # queries in registers at a time
+BLOCK_FORM_TOKENS = 8  # from here on, tokens are taken in blocks
+
+
+@njit
+def _widen_page(k, v, keys, head_dim, columns, k_turned, v_wide):
+    """Keys [keys, d] as float32 [d, 64], values as [64, columns]; absent keys and columns as zeros."""
+    for j in range(PAGE):
+        for i in range(head_dim):
+            k_turned[i * PAGE + j] = get(k, j * head_dim + i) if j < keys else float32(0)
+        for i in range(columns):
+            v_wide[j * columns + i] = get(v, j * head_dim + i) if j < keys and i < head_dim else float32(0)
+
+
+@kernel
+def _attention_block(
+    task, worker, tokens, qkv, heads, kv_heads, head_dim, scale, positions, sequences, k_pages, v_pages, page_table,
+    pages_per_sequence, out, scratch, floats
+):  # fmt: skip
+    g, shared = task % kv_heads, heads // kv_heads
+    first = task // kv_heads * BLOCK
+    last = min(first + BLOCK, tokens)
+    columns = -(-head_dim // 64) * 64
+    k_turned = advance(scratch, worker * floats)  # [d, 64]
+    v_wide = advance(k_turned, head_dim * PAGE)  # [64, columns]
+    scores = advance(v_wide, PAGE * columns)  # [QUERIES, 64]
+    sums = advance(scores, QUERIES * PAGE)  # per query of the block: [BLOCK * shared + QUERIES]
+    tops = advance(sums, BLOCK * shared + QUERIES)
+    queries = advance(tops, BLOCK * shared + QUERIES)  # [BLOCK * shared + QUERIES, d], scaled
+    values = advance(queries, (BLOCK * shared + QUERIES) * head_dim)  # [BLOCK * shared + QUERIES, columns]
+    while first < last:  # a run of tokens of one sequence
+        sequence, length, run = sequences[first], 0, first
+        while run < last and sequences[run] == sequence:
+            length = max(length, positions[run] + 1)
+            run += 1
+        count = (run - first) * shared  # query q is head q % shared of token first + q // shared
+        for q in range(-(-count // QUERIES) * QUERIES):
+            tops[q], sums[q] = float32(-np.inf), float32(0)
+            source = ((first + q // shared) * (heads + 2 * kv_heads) + g * shared + q % shared) * head_dim
+            for i in range(head_dim):
+                queries[q * head_dim + i] = qkv[source + i] * scale if q < count else float32(0)
+            for i in range(columns):
+                values[q * columns + i] = float32(0)
+        for start in range(0, length, PAGE):
+            page = (page_table[sequence * pages_per_sequence + start // PAGE] * kv_heads + g) * PAGE * head_dim
+            keys = min(PAGE, length - start)
+            _widen_page(advance(k_pages, page), advance(v_pages, page), keys, head_dim, columns, k_turned, v_wide)
+            for q in range(0, count, QUERIES):
+                latest = 0
+                for j in range(q, min(q + QUERIES, count)):
+                    latest = max(latest, positions[first + j // shared])
+                if latest < start:
+                    continue  # causal: none of these queries sees this page
+                acc = outer_zero()
+                for i in range(head_dim):
+                    acc = outer_add(acc, advance(queries, q * head_dim + i), head_dim, advance(k_turned, i * PAGE))
+                outer_store(acc, scores, PAGE)
+                for j in range(QUERIES):
+                    position = positions[min(first + (q + j) // shared, run - 1)]
+                    row = advance(scores, j * PAGE)
+                    for i in range(max(0, min(PAGE, position + 1 - start)), PAGE):
+                        row[i] = float32(-np.inf)
+                    top = hmax(maximum(maximum(load(row, 0), load(row, 16)), maximum(load(row, 32), load(row, 48))))
+                    top = max(top, tops[q + j])
+                    decay = math.exp(tops[q + j] - top)  # 0 on the first page, of which every query sees key 0
+                    tops[q + j] = top
+                    sums[q + j] = sums[q + j] * decay + _exponentials(row, top)
+                    for i in range(0, columns, 16):
+                        at = (q + j) * columns + i
+                        store(values, at, load(values, at) * splat(decay))
+                for c in range(0, columns, 64):
+                    corner = advance(values, q * columns + c)
+                    acc = outer_load(corner, columns)
+                    for j in range(keys):
+                        acc = outer_add(acc, advance(scores, j), PAGE, advance(v_wide, j * columns + c))
+                    outer_store(acc, corner, columns)
+        for q in range(count):
+            inverse = float32(1) / sums[q]
+            target = ((first + q // shared) * heads + g * shared + q % shared) * head_dim
+            for i in range(head_dim):
+                out[target + i] = values[q * columns + i] * inverse
+        first = run
+
+
 def attention(
     stream: Stream,
     qkv: np.ndarray,
@@ -132,6 +222,17 @@ def attention(
         raise ValueError(f"attention: {tokens} tokens of {heads} heads of {head_dim} do not give {out.shape}")
     values = out if isinstance(out, np.ndarray) else stream.buffer(tokens * width).reshape(tokens, width)
     shared = heads // kv_heads
+    if tokens >= BLOCK_FORM_TOKENS:
+        rows, columns = BLOCK * shared + QUERIES, -(-head_dim // 64) * 64
+        scratch = stream.scratch((head_dim + columns + QUERIES) * PAGE + rows * (2 + head_dim + columns))
+        stream.launch(
+            _attention_block,
+            *(-(-tokens // BLOCK) * kv_heads, tokens, qkv, heads, kv_heads, head_dim, scale, positions, sequences),
+            *(k_pages, v_pages, page_table, page_table.shape[1], values, scratch, scratch.shape[1]),
+        )
+        if isinstance(out, QuantizedRows):
+            quantize(stream, values, out)
+        return
     scratch = stream.scratch(2 * shared + PAGE)
     stream.launch(
         _attention,

@@ -1,4 +1,4 @@
-"""The register tile of the GEMMs: TILE_TOKENS tokens by 32 output rows, in vector registers.
+"""Tiles of vector registers: TILE_TOKENS tokens by 32 output rows for the int8 GEMM, 4 by 64 floats for attention.
 
 A tile is a Numba tuple of vectors, two per token; LLVM keeps its elements in registers. The intrinsics here emit the
 loop over the tile's tokens at compile time, which Numba's language can't express for values of vector type.
@@ -36,7 +36,7 @@ def _tile_intrinsic(result: Any, *arguments: Any) -> Callable:
         def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
             tile: list[Any] = []
             if arguments and isinstance(arguments[0], types.UniTuple):
-                tile = [builder.extract_value(values[0], i) for i in range(2 * TILE_TOKENS)]
+                tile = [builder.extract_value(values[0], i) for i in range(arguments[0].count)]
                 values = values[1:]
             out = body(builder, tile, *values)
             return context.get_dummy_value() if out is None else context.make_tuple(builder, result, out)
@@ -156,3 +156,42 @@ def tile_transpose(builder: Any, tile: list, rows: Any, stride: Any, panel: Any)
     for k, vector in enumerate(vectors):
         address = builder.gep(panel, [_index(k * 4 * TILE_ROWS)])
         builder.store(vector, builder.bitcast(address, I32x16.llvm.as_pointer()), align=1)
+
+
+# --- float32 tiles of 4 rows by 64 columns ---------------------------------------------------------------------
+
+_OUTER = types.UniTuple(F32x16, 16)
+
+
+@_tile_intrinsic(_OUTER)
+def outer_zero(builder: Any, tile: list) -> list:
+    """A tile of zeros."""
+    return [ir.Constant(F32x16.llvm, [0.0] * 16)] * 16
+
+
+@_tile_intrinsic(_OUTER, _OUTER, _PF, types.int64, _PF)
+def outer_add(builder: Any, tile: list, column: Any, stride: Any, row: Any) -> list:
+    """tile + the outer product of column[0], column[stride], ... (4 values) and row[0 : 64]."""
+    vectors = [_load(builder, row, _index(16 * v), F32x16) for v in range(4)]
+    out = []
+    for r in range(4):
+        factor = simd._splat(builder, _scalar(builder, column, r, stride), F32x16.llvm)
+        for v in range(4):
+            out.append(simd._call(builder, "llvm.fma.v16f32", F32x16.llvm, factor, vectors[v], tile[4 * r + v]))
+    return out
+
+
+@_tile_intrinsic(_OUTER, _PF, types.int64)
+def outer_load(builder: Any, tile: list, corner: Any, stride: Any) -> list:
+    """The tile whose rows are `stride` apart."""
+    rows = [builder.gep(corner, [builder.mul(stride, _index(r))]) for r in range(4)]
+    return [_load(builder, row, _index(16 * v), F32x16) for row in rows for v in range(4)]
+
+
+@_tile_intrinsic(types.void, _OUTER, _PF, types.int64)
+def outer_store(builder: Any, tile: list, corner: Any, stride: Any) -> None:
+    """Writes the tile to rows `stride` apart."""
+    for i, vector in enumerate(tile):
+        row, column = divmod(i, 4)
+        address = builder.gep(corner, [builder.add(builder.mul(stride, _index(row)), _index(16 * column))])
+        builder.store(vector, builder.bitcast(address, F32x16.llvm.as_pointer()), align=1)
