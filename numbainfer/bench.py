@@ -119,7 +119,7 @@ def bench(
     start = time.perf_counter()
     ops = bind(device, threads)
     weights = open_weights()
-    needed = max(depths) + max([*prompts, *generates])
+    needed = max(2, max(depths) + max([*prompts, *generates]))  # 2: for warming up
     if needed > weights.config.max_positions:
         raise NumbaInferError(f"{needed} tokens exceed this model's context of {weights.config.max_positions}")
     model = Model(ops, weights, needed)
@@ -168,7 +168,7 @@ def bench(
                 "version": __version__,
             }
         )
-    report("done", len(tests), len(tests))
+        report(name, done + 1, len(tests))
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from typing import Any
 
 from numbainfer import chat
@@ -102,15 +103,16 @@ def reply(session: Session, prompt: str, *, show_statistics: bool, as_json: bool
 
 def chat_loop(session: Session, first: str | None, *, show_statistics: bool) -> None:
     """Turn after turn until /exit or the end of input. The KV cache keeps what was said."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 (gives input() line editing and a history)
     note("/reset forgets the conversation, /exit (or Ctrl-D) ends it; Ctrl-C stops a reply")
     if not session.templated:
         note("this model has no chat template (or --raw): each line is continued as text")
     pending = first
     while True:
         if pending is None:
-            try:
-                pending = input("> " if sys.stdin.isatty() else "")
-            except (EOFError, KeyboardInterrupt):
+            pending = _read_line()
+            if pending is None:
                 return
         text, pending = pending.strip(), None
         if text in ("/exit", "/quit"):
@@ -123,13 +125,29 @@ def chat_loop(session: Session, first: str | None, *, show_statistics: bool) -> 
             _turn(session, text, show_statistics)
 
 
+def _read_line() -> str | None:
+    """What the user types next; None at the end of input, or at Ctrl-C."""
+    terminal = sys.stdin.isatty()
+    if terminal and not sys.stdout.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)  # stdout is for replies
+    try:
+        return input("> " if terminal and sys.stdout.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        if terminal:
+            note("")  # the shell's prompt gets a line of its own
+        return None
+    except UnicodeDecodeError as error:
+        raise NumbaInferError(f"the input is not UTF-8 text: {error}") from error
+
+
 def _turn(session: Session, text: str, show_statistics: bool) -> None:
     try:
         generation = session.stream(session.prompt_tokens(text))
     except NumbaInferError as error:
-        note(f"error: {error}")
         if session.templated:
             session.conversation.undo()
+        hint = "; /reset forgets the conversation" if len(session.conversation) else ""
+        note(f"error: {error}{hint}")
         return
     print(flush=True)
     if session.templated:

@@ -144,8 +144,13 @@ _ctx_size = click.option(
 )
 _tokenizer = click.option("--tokenizer", type=click.Path(), help="Tokenizer file or directory, for a .bin without one.")
 _debug = click.option("--debug", is_flag=True, help="Show tracebacks.")
-_DEVICE = {"type": _DeviceType(), "metavar": "auto|cpu|cuda[:N]"}
-_device = click.option("--device", default="auto", show_default=True, help="Where to run.", **_DEVICE)
+
+
+def _device_option(*names: str, **settings: Any) -> Callable:
+    return click.option(*names, type=_DeviceType(), metavar="auto|cpu|cuda[:N]", **settings)
+
+
+_device = _device_option("--device", default="auto", show_default=True, help="Where to run.")
 
 
 @click.group(
@@ -308,7 +313,7 @@ def convert(
 
 @commands.command()
 @click.argument("model", required=False, callback=_not_empty)
-@click.option("--device", "devices", multiple=True, help="Where to run (repeatable) [default: auto].", **_DEVICE)
+@_device_option("--device", "devices", multiple=True, help="Where to run (repeatable) [default: auto].")
 @click.option("-p", "--prompt-tokens", type=click.IntRange(0), multiple=True, help="Prompt lengths [default: 512].")
 @click.option("-n", "--gen-tokens", type=click.IntRange(0), multiple=True, help="Tokens to generate [default: 128].")
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from numbainfer.progress import Progress
@@ -22,10 +23,9 @@ def progress_bars() -> Iterator[Progress]:
         seen: set[str] = set()
 
         def line(description: str, done: int, total: int | None) -> None:
-            task = description.split(maxsplit=1)[0] if description else ""
-            if task not in seen:
-                seen.add(task)
-                note(f"{task} ...")
+            if description not in seen:
+                seen.add(description)
+                note(f"{description} ...")
 
         yield line
         return
@@ -34,13 +34,15 @@ def progress_bars() -> Iterator[Progress]:
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, Any] = {}  # the one that is shown
 
         def bar(description: str, done: int, total: int | None) -> None:
-            key = description.split(maxsplit=1)[0] if description else ""
-            if key not in tasks:
-                tasks[key] = bars.add_task(description, total=total)
-            bars.update(tasks[key], description=description, completed=done, total=total)
+            if description not in tasks:
+                for task in tasks.values():
+                    bars.remove_task(task)
+                tasks.clear()
+                tasks[description] = bars.add_task(description, total=total)
+            bars.update(tasks[description], completed=done, total=total)
 
         yield bar
 
@@ -49,7 +51,14 @@ def announce_compilation() -> None:
     """Says, once, that kernels are being compiled: the only long wait that a warm cache does not have."""
     from numbainfer.cpu import compile
 
-    compile.on_first_compile = lambda: note("compiling kernels for this CPU (kept for later runs) ...")
+    def announce() -> None:
+        directory = compile.cache_directory()
+        with suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+        kept = "kept for later runs" if os.access(directory, os.W_OK) else f"not kept: {directory} can't be written"
+        note(f"compiling kernels for this CPU ({kept}) ...")
+
+    compile.on_first_compile = announce
 
 
 def size(nbytes: float) -> str:

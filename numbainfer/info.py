@@ -7,11 +7,13 @@ import platform
 import numpy as np
 
 from numbainfer._version import __version__
+from numbainfer.checkpoint import Weights
 from numbainfer.console import size
+from numbainfer.converters.convert import SourceWeights, stored_bytes
 from numbainfer.device import cpu_name, physical_cores
 from numbainfer.loading import cache_directory, context_size, open_model
 from numbainfer.quantization import QuantizedMatrix
-from numbainfer.specs import parameter_count, parameter_groups
+from numbainfer.specs import Parameter, parameter_count, parameter_groups
 
 
 def machine() -> dict[str, str]:
@@ -47,13 +49,10 @@ def model(path: str, ctx_size: int | None, tokenizer: str | None) -> dict[str, s
         if not group[0].is_matrix:
             parts["norms and biases"] += sum(p.shape[0] for p in group) * 4
             continue
-        matrix = weights.matrix([p.name for p in group])
-        if isinstance(matrix, QuantizedMatrix):
-            kinds.add(f"int8 (group {matrix.group})")
-        else:
-            kinds.add(str(matrix.data.dtype).replace("uint16", "bfloat16"))
+        kind, nbytes = _stored(weights, group)
+        kinds.add(kind)
         part = "attention" if "self_attn" in name else "mlp" if ".mlp." in name else "embedding"
-        parts["output head" if name.startswith("lm_head") else part] += matrix.nbytes
+        parts["output head" if name.startswith("lm_head") else part] += nbytes
     kv_item = 4 if kinds == {"float32"} else 2
     cache = 2 * kv_item * config.layers * config.kv_heads * config.head_dim * positions
     total = sum(parts.values())
@@ -71,3 +70,15 @@ def model(path: str, ctx_size: int | None, tokenizer: str | None) -> dict[str, s
     facts[f"kv cache at {positions:,}"] = size(cache)
     facts["memory"] = f"about {size(total + cache)}"
     return facts
+
+
+def _stored(weights: Weights, group: list[Parameter]) -> tuple[str, int]:
+    """How the matrices of a group are stored, and their bytes."""
+    if isinstance(weights, SourceWeights):  # said by the shapes: quantizing it all would take as long as converting
+        groups = weights.target.group(group[0].shape[1])
+        kind = weights.target.float_dtype if groups is None else f"int8 (group {groups})"
+        return kind, stored_bytes(group, weights.target)
+    matrix = weights.matrix([p.name for p in group])
+    if isinstance(matrix, QuantizedMatrix):
+        return f"int8 (group {matrix.group})", matrix.nbytes
+    return str(matrix.data.dtype).replace("uint16", "bfloat16"), matrix.nbytes

@@ -12,6 +12,8 @@ from numbainfer.engine import Engine
 from numbainfer.errors import NumbaInferError
 from numbainfer.progress import Progress
 
+_MAX_NLL = 700.0  # e^700 is about what a float holds; a model that knows nothing of a text is at 10 to 20
+
 
 @dataclass
 class Perplexity:
@@ -51,9 +53,9 @@ def perplexity(engine: Engine, text: str, ctx_size: int, progress: Progress | No
                     total += negative_log_likelihood(row, part[position + 1])
                     scored += 1
         if progress is not None:
-            progress(f"perplexity {math.exp(total / scored):.4f}", chunk + 1, chunks)
+            progress("perplexity", chunk + 1, chunks)
     nll = total / scored
-    if not math.isfinite(nll):
+    if not nll < _MAX_NLL:
         raise NumbaInferError("the model computed NaN or infinite logits: its weights are damaged or overflow")
     return Perplexity(math.exp(nll), nll, scored, chunks, time.perf_counter() - start)
 

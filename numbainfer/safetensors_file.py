@@ -65,7 +65,7 @@ class SafetensorsFile:
         self._last_rows = (0, 0)  # the byte range that `rows` gave last
         try:
             if not stat.S_ISREG(self.path.stat().st_mode):  # opening a FIFO would wait for ever
-                raise self._error("not a regular file")
+                raise NumbaInferError(f"cannot read {self.path}: it is not a regular file")
             with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < 8:

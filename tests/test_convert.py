@@ -560,7 +560,7 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("index of nothing", index({"weight_map": {}}), "is missing"),
     ("index of a missing file", index({"weight_map": {NORM: "b.safetensors"}}), "cannot read .*b.safetensors"),
     ("index leads away", index({"weight_map": {NORM: "../b.safetensors"}}), "outside its directory"),
-    ("index leads up", index({"weight_map": {NORM: ".."}}), "cannot read|outside its directory"),
+    ("index leads up", index({"weight_map": {NORM: ".."}}), "outside its directory|not a regular file"),
     ("index with a NUL", index({"weight_map": {NORM: "a\0b"}}), "outside its directory"),
     ("index of a number", index({"weight_map": {NORM: 5}}), "cannot read"),
     ("twice", twice, "a tensor is in two files"),

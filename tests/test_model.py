@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,12 @@ from building import (
     source_weights,
 )
 
-from numbainfer.checkpoint import Checkpoint
+from numbainfer.checkpoint import Checkpoint, Weights
 from numbainfer.converters import convert as convert_module
 from numbainfer.converters.convert import Target, convert
 from numbainfer.converters.source import open_source
 from numbainfer.engine import Engine, Statistics
+from numbainfer.quantization import Matrix, QuantizedMatrix, dequantize
 from numbainfer.registry import Operators
 from numbainfer.tokenizer import Tokenizer
 
@@ -101,10 +103,11 @@ def test_eager_and_captured_are_the_same_bit_for_bit(
 ) -> None:
     weights = source_weights(checkpoint_of(name), dtype)
     captured, eager = build_model(ops, weights), build_model(ops, weights, eager=True)
-    tokens = random_tokens(captured, LONG)
-    for step in (1, 64):
+    for count, step in ((LONG, 64), (5, 1)):
+        tokens = random_tokens(captured, count)
+        expected = all_logits(eager, tokens, step)
         for _ in range(2):  # the second time every program is there already
-            np.testing.assert_array_equal(all_logits(captured, tokens, step), all_logits(eager, tokens, step))
+            np.testing.assert_array_equal(all_logits(captured, tokens, step), expected)
 
 
 def test_programs_are_kept_within_bounds(ops: Operators, checkpoint_of: Checkpoints) -> None:
@@ -167,16 +170,34 @@ def test_tokens_of_several_sequences_in_one_step(name: str, ops: Operators, chec
         assert difference(logits[order], expected) <= 1e-5
 
 
+class Dequantized:
+    """The float32 weights that an int8 model's codes stand for."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.config, self.name, self.nbytes = weights.config, weights.name, weights.nbytes
+        self.vector = weights.vector
+        self._matrix = weights.matrix
+
+    def matrix(self, names: Sequence[str]) -> Matrix:
+        matrix = self._matrix(names)
+        data = dequantize(matrix) if isinstance(matrix, QuantizedMatrix) else matrix.data.astype(np.float32)
+        return Matrix(data)
+
+
 @pytest.mark.parametrize("name", tiny_models.INT8_CONFIGS)
 def test_int8_stays_close_to_float(name: str, ops: Operators, checkpoint_of: Checkpoints) -> None:
-    """Measured: 6 to 8% of the largest logit at worst, 4.4 to 5.4% RMS. Random weights with sharp attention are the
-    worst case: stories15M loses 0.1% of perplexity (test_stories.py)."""
-    exact = build_model(ops, source_weights(checkpoint_of(name)))
+    """Rounding the weights costs 5 to 9% of the largest logit at worst, 3.4 to 4.2% RMS: random weights with sharp
+    attention are the worst case (stories15M loses no perplexity to speak of, test_stories.py). All the rest, that is
+    quantized activations and the float16 KV cache, costs 0.08 to 0.11%."""
+    checkpoint = checkpoint_of(name)
+    exact = build_model(ops, source_weights(checkpoint))
     tokens = random_tokens(exact, LONG)
     expected = all_logits(exact, tokens, LONG)
-    logits = all_logits(build_model(ops, source_weights(checkpoint_of(name), "int8")), tokens, LONG)
-    assert 0 < difference(logits, expected) <= 0.11
-    assert np.sqrt(np.mean((logits - expected) ** 2) / np.mean(expected**2)) <= 0.075
+    rounded = all_logits(build_model(ops, Dequantized(source_weights(checkpoint, "int8"))), tokens, LONG)
+    logits = all_logits(build_model(ops, source_weights(checkpoint, "int8")), tokens, LONG)
+    assert 0 < difference(logits, rounded) <= 2.5e-3
+    assert difference(logits, expected) <= 0.11
+    assert np.sqrt(np.mean((logits - expected) ** 2) / np.mean(expected**2)) <= 0.06
 
 
 @pytest.mark.parametrize("name", ["qwen3_untied", "llama_int8"])

@@ -56,7 +56,7 @@ def test_stories15m_greedy_is_llama2c(run: dict[str, Any], ops: Operators) -> No
 
 @needs_real_files
 def test_int8_costs_stories15m_almost_no_perplexity(ops: Operators) -> None:
-    """Measured: 5.661 in float32, 5.669 in int8, 0.14% more. Group 64 is asked for; a width of 288 takes 32."""
+    """Measured: 5.6613 in float32, 5.6601 in int8, 0.02% apart. Group 64 is asked for; a width of 288 takes 32."""
     exact, int8 = (build_engine(ops, stories15m(dtype), ctx_size=256) for dtype in ("float32", "int8"))
     assert len(exact.tokenizer.encode(STORY_TEXT)) >= 2000
     assert int8.model.layers[0].qkv.group == 32
@@ -78,7 +78,12 @@ def ask(engine: Engine, question: str, max_tokens: int) -> tuple[str, str]:
     ("file", "question", "answer"),
     [
         ("smollm2-135m-instruct.gguf", "What is the capital of France?", "Paris"),
-        ("qwen2.5-coder-0.5b-instruct.gguf", "Write a Python function that adds two numbers. Be brief.", "def add"),
+        pytest.param(
+            "qwen2.5-coder-0.5b-instruct.gguf",
+            "Write a Python function that adds two numbers. Be brief.",
+            "def add",
+            marks=pytest.mark.slow,  # 500 MB to quantize
+        ),
     ],
     ids=["smollm2", "qwen2.5"],
 )
