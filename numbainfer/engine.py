@@ -95,7 +95,8 @@ class Engine:
                 "shorten it or raise --ctx-size"
             )
         if max(prompt) >= self.model.config.vocab_size or min(prompt) < 0:
-            raise NumbaInferError(f"the prompt has token {max(prompt)}, beyond the model's vocabulary")
+            wrong = next(token for token in prompt if not 0 <= token < self.model.config.vocab_size)
+            raise NumbaInferError(f"the prompt has token {wrong}, which is not in the model's vocabulary")
         generation = Generation(prompt=list(prompt))
         return generation, self._stream(generation, params, continues)
 

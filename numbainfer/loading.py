@@ -83,6 +83,8 @@ def open_model(
     progress: Progress | None = None,
 ) -> OpenedModel:
     """A converted directory mapped in place; any other source to be quantized while loading; None: the demo model."""
+    if path is not None:
+        require_model(str(path))
     path = demo_directory(progress) if path is None else Path(path)
     if path.is_dir() and is_checkpoint(path):
         if tokenizer is not None:

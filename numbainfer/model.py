@@ -114,6 +114,15 @@ class Model:
             self._program(T, logits).run()
         return None if logits == "none" else self._logits[: T if logits == "all" else 1]
 
+    def release(self) -> None:
+        """Gives the cache and the workspace back to the pool; the model can't run any more."""
+        self._programs.clear()
+        self.cache.release()
+        for buffer in self._inputs.values():
+            buffer.release(self.ops.pool) if isinstance(buffer, QuantizedRows) else self.ops.pool.release(buffer)
+        for array in (self._tokens, self._positions, self._sequences, self._x, self._qkv, self._gate_up, self._logits):
+            self.ops.pool.release(array)
+
     def _program(self, T: int, logits: str) -> Any:
         program = self._programs.get((T, logits))
         if program is None:

@@ -121,7 +121,10 @@ def parameter_count(config: ModelConfig) -> int:
 
 def check_tensors(config: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str) -> None:
     """Holds a file's tensors against the spec, both ways: a missing, an extra or a misshapen one is named."""
-    expected = {p.name: p.shape for group in parameter_groups(config) for p in group}
+    try:
+        expected = {p.name: p.shape for group in parameter_groups(config) for p in group}
+    except NumbaInferError as error:  # an unknown architecture
+        raise NumbaInferError(f"{where}: {error}") from error
     for name, shape in expected.items():
         if name not in shapes:
             raise NumbaInferError(f"{where}: tensor {name} {list(shape)} is missing")

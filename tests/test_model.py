@@ -253,3 +253,13 @@ def test_an_unsupported_number_of_tokens(ops: Operators, checkpoint_of: Checkpoi
     model = build_model(ops, source_weights(checkpoint_of("llama_int8")), chunk=8)
     with pytest.raises(ValueError, match="9"):
         model.step(range(9), range(9), 0)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_release_gives_everything_back(dtype: str, ops: Operators, checkpoint_of: Checkpoints) -> None:
+    before = ops.pool.statistics.in_use
+    model = build_model(ops, source_weights(checkpoint_of("qwen2_gqa_tied"), dtype))
+    all_logits(model, [1, 2, 3, 4], 2)
+    assert ops.pool.statistics.in_use > before
+    model.release()
+    assert ops.pool.statistics.in_use == before

@@ -1,0 +1,536 @@
+"""The commands as scripts rely on them: options, what goes to stdout, exit codes, the keys of every JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from building import DATA
+from command import ENDLESS, GREEDY, STORIES, Result, numbainfer, succeed, write_chat_model, write_gguf, write_model
+
+from numbainfer import NumbaInferError, __version__, loading
+from numbainfer.bench import RANDOM
+from numbainfer.cli import ARCHITECTURES, commands
+from numbainfer.engine import Engine
+from numbainfer.loading import context_size, load, names_a_model
+from numbainfer.safetensors_file import SafetensorsFile
+
+STORY_TEXT = DATA / "story_text.txt"
+LLAMA2C_RUNS = json.loads((DATA / "stories_greedy.json").read_text())["runs"]
+
+STATISTICS = {
+    "prompt_tokens": int,
+    "cached_tokens": int,
+    "prompt_seconds": float,
+    "tokens": int,
+    "decode_seconds": float,
+    "time_to_first_token": float,
+    "seed": int,
+    "prompt_tokens_per_second": float,
+    "decode_tokens_per_second": float,
+}
+BENCH_ROW = {
+    "model": str,
+    "architecture": str,
+    "params": int,
+    "weight_bytes": int,
+    "device": str,
+    "device_name": str,
+    "threads": int,
+    "test": str,
+    "repetitions": int,
+    "tokens_per_second": float,
+    "stddev": float,
+    "ms_per_token": float,
+    "bytes_per_second": float,
+    "bandwidth_ceiling": float,
+    "percent_of_ceiling": float,
+    "load_seconds": float,
+    "compile_seconds": float,
+    "peak_memory_bytes": int,
+    "version": str,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model of each kind; not to be changed."""
+    folder = tmp_path_factory.mktemp("models")
+    succeed("convert", write_model(folder / "hf"), folder / "converted")
+    return {
+        "hf": folder / "hf",
+        "converted": folder / "converted",
+        "chat": write_chat_model(folder / "chat"),
+        "endless": write_model(folder / "endless", **ENDLESS),
+        "gguf": write_gguf(folder / "model.gguf"),
+        "bin": STORIES,
+    }
+
+
+def run(model: object, *arguments: object, **options: Any) -> Any:
+    """The JSON of `numbainfer run`, greedy unless told otherwise."""
+    sampling = () if "--temperature" in arguments else GREEDY
+    return succeed("run", model, *arguments, "--json", *sampling, **options).json
+
+
+# --- run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["hf", "converted", "gguf", "bin"])
+def test_run_takes_every_kind_of_model(kind: str, models: dict[str, Path]) -> None:
+    result = succeed("run", models[kind], "abba", "-n", 8, *GREEDY)
+    told = run(models[kind], "abba", "-n", 8)
+    assert result.out == told["text"] + "\n"
+    assert 0 < len(told["tokens"]) <= 8
+    assert "tok/s" in result.err
+
+
+def test_a_converted_model_says_what_its_source_says(models: dict[str, Path]) -> None:
+    first, second = (run(models[kind], "abc", "-n", 20) for kind in ("hf", "converted"))
+    assert first["tokens"] == second["tokens"]
+
+
+@pytest.mark.parametrize("told", LLAMA2C_RUNS[:2], ids=["nothing", "prompt"])
+def test_run_says_what_llama2c_says(told: dict[str, Any], tmp_path: Path) -> None:
+    """From the .bin to the printed text, in float32; llama2.c prints the prompt too."""
+    succeed("convert", STORIES, tmp_path / "out", "--dtype", "float32")
+    prompt = told["prompt"] or "<s>"
+    result = succeed("run", tmp_path / "out", prompt, "-n", 200, "--no-stats", *GREEDY)
+    assert (told["prompt"] + result.out).strip() == told["text"].strip()
+
+
+def test_json(models: dict[str, Path]) -> None:
+    told = run(models["bin"], "Once upon a time", "-n", 12)
+    assert list(told) == ["prompt_tokens", "tokens", "text", "finish_reason", "stats"]
+    assert told["text"].startswith(", there was a")
+    assert told["finish_reason"] == "length"
+    assert {name: type(value) for name, value in told["stats"].items()} == STATISTICS
+    assert told["stats"]["prompt_tokens"] == len(told["prompt_tokens"]) == 5
+    assert told["stats"]["tokens"] == len(told["tokens"]) == 12
+    assert told["stats"]["decode_tokens_per_second"] == pytest.approx(11 / told["stats"]["decode_seconds"], rel=0.01)
+
+
+def test_eos_ends_a_reply(models: dict[str, Path], tmp_path: Path) -> None:
+    tokens = run(models["hf"], "abc", "-n", 8)["tokens"]
+    shutil.copytree(models["hf"], tmp_path / "model")
+    last = next(token for token in tokens if token != tokens[0])
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [last]}))
+    told = run(tmp_path / "model", "abc", "-n", 8)
+    assert told["finish_reason"] == "stop"
+    assert told["tokens"] == tokens[: tokens.index(last)]
+
+
+def test_where_a_prompt_comes_from(models: dict[str, Path]) -> None:
+    wanted = run(STORIES, "Tom had a", "-n", 5)
+    for arguments in ([], ["-"]):
+        told = run(STORIES, *arguments, "-n", 5, stdin=b"Tom had a\n")  # echo adds a line end
+        assert told["prompt_tokens"] == wanted["prompt_tokens"]
+        assert told["text"] == wanted["text"]
+    twice = run(STORIES, "-", "-n", 5, stdin=b"Tom had a\n\n")
+    assert twice["prompt_tokens"] != wanted["prompt_tokens"]
+    assert run(STORIES, "Tom had a", "-n", 5, stdin=b"not read")["text"] == wanted["text"]
+
+
+def test_without_a_model_the_demo_answers(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "demo_directory", lambda progress: models["chat"])
+    long = "Why is the sky blue? " * 13  # longer than a file's name can be
+    for arguments, stdin in (((long,), b""), ((), long.encode()), (("-",), long.encode())):
+        told = succeed("run", *arguments, "-n", 1, "--json", stdin=stdin).json
+        assert told["prompt_tokens"] == encode(f"[user]{long}>")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_model"),
+    [
+        ("Once upon a time", False),
+        ("Hello", False),
+        ("What is 1/2 + 1/3?", False),
+        ("x" * 300, False),
+        ("x" * 5000, False),
+        ("", False),
+        ("-", False),
+        ("two\nlines.gguf", False),
+        ("an essay about model.gguf", False),
+        ("model.gguf", True),
+        ("./model", True),
+        ("/models/qwen", True),
+        ("~/qwen", True),
+        ("Qwen/Qwen2.5-0.5B-Instruct", True),
+        (str(STORIES), True),
+        (str(DATA), True),
+    ],
+)
+def test_names_a_model(text: str, is_model: bool) -> None:
+    assert names_a_model(text) == is_model
+
+
+def test_seed(models: dict[str, Path]) -> None:
+    def text(*arguments: object) -> str:
+        return run(STORIES, "Once upon", "-n", 40, "--temperature", 1, *arguments)["text"]
+
+    assert text("--seed", 7) == text("--seed", 7)
+    assert text("--seed", 7) != text("--seed", 8)
+    drawn = run(STORIES, "Once upon", "-n", 40, "--temperature", 1)
+    assert text("--seed", drawn["stats"]["seed"]) == drawn["text"]  # the statistics tell how to repeat it
+    assert text("--seed", 2**64 - 1)
+
+
+def test_every_sampling_option_counts() -> None:
+    options = ("--temperature", 2, "--seed", 3, "-n", 60)
+    free = run(STORIES, "Once upon", *options, "--top-k", 0, "--top-p", 1)["text"]
+    for changed in (("--top-k", 2), ("--top-p", 0.5), ("--min-p", 0.3), ("--repetition-penalty", 1.5)):
+        assert run(STORIES, "Once upon", *options, "--top-k", 0, "--top-p", 1, *changed)["text"] != free
+    greedy = run(STORIES, "Once upon", "-n", 60)["text"]
+    assert run(STORIES, "Once upon", *options, "--top-k", 1)["text"] == greedy
+
+
+def test_max_tokens(models: dict[str, Path]) -> None:
+    nothing = run(models["bin"], "Once", "-n", 0)
+    assert (nothing["tokens"], nothing["text"], nothing["finish_reason"]) == ([], "", "length")
+    assert succeed("run", models["bin"], "Once", "-n", 0).out == "\n"
+    assert len(run(models["endless"], "abc")["tokens"]) == 512
+    assert len(run(models["endless"], "abc", "-n", 513)["tokens"]) == 513
+
+
+def test_ctx_size(models: dict[str, Path]) -> None:
+    result = succeed("run", models["endless"], "abcde", "--ctx-size", 12, "--json", *GREEDY)
+    assert len(result.json["prompt_tokens"]) == 5
+    assert len(result.json["tokens"]) == 7
+    assert result.json["finish_reason"] == "length"
+    assert "the context of 12 tokens is full" in result.err
+    exact = succeed("run", models["endless"], "abcde", "--ctx-size", 12, "-n", 7, *GREEDY)
+    assert "full" not in exact.err
+    assert len(run(models["hf"], "abc", "--ctx-size", 0, "-n", 1000)["tokens"]) == 253  # of its 256
+
+
+def test_the_context_unless_told_otherwise(models: dict[str, Path]) -> None:
+    for kind, size in (("endless", 4096), ("hf", 256)):
+        weights = loading.open_model(models[kind]).weights
+        assert context_size(weights, None) == size
+        assert context_size(weights, 0) == weights.config.max_positions
+        assert context_size(weights, 100) == 100
+        with pytest.raises(NumbaInferError, match=r"--ctx-size 100001: .* at most"):
+            context_size(weights, 100_001)
+
+
+def test_threads_change_nothing() -> None:
+    assert run(STORIES, "Once", "-n", 50, "-t", 1)["tokens"] == run(STORIES, "Once", "-n", 50)["tokens"]
+
+
+def test_stop() -> None:
+    free = run(STORIES, "Once upon a time", "-n", 60)["text"]
+    word = "named"
+    assert word in free[5:]
+    told = run(STORIES, "Once upon a time", "-n", 60, "--stop", "never there", "--stop", word)
+    assert told["text"] == free[: free.index(word)]
+    assert told["finish_reason"] == "stop"
+    assert len(told["tokens"]) < 60
+    shown = succeed("run", STORIES, "Once upon a time", "-n", 60, "--stop", word, *GREEDY)
+    assert shown.out == told["text"] + "\n"
+
+
+def encode(text: str) -> list[int]:
+    """What tiny_tokenizers.letters makes of a text: it has no token for a space."""
+    return [ord(c) - 33 for c in text if c > " "]
+
+
+def test_a_chat_template_is_applied(models: dict[str, Path]) -> None:
+    assert run(models["chat"], "hi", "-n", 1)["prompt_tokens"] == encode("[user]hi>")
+    assert run(models["chat"], "hi", "-n", 1, "--raw")["prompt_tokens"] == encode("hi")
+    told = run(models["chat"], "hi", "-n", 1, "--system", "be brief")
+    assert told["prompt_tokens"] == encode("[system]be brief[user]hi>")
+    for arguments in ((models["chat"], "hi", "--raw"), (models["hf"], "hi")):
+        result = numbainfer("run", *arguments, "--system", "be brief")
+        assert result.error == "--system needs a chat model, and no --raw"
+        assert result.code == 1
+
+
+def test_a_reply_starts_without_a_space_and_a_continuation_with_it(tmp_path: Path) -> None:
+    """A sentencepiece vocabulary's first word has one before it; only a chat's reply is a text of its own."""
+    succeed("convert", STORIES, tmp_path / "model")
+    settings = {"chat_template": "{{ messages[-1].content }}"}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    continued, replied = (run(tmp_path / "model", "Once upon", "-n", 9, *raw)["text"] for raw in (("--raw",), ()))
+    assert continued.startswith(" a time")
+    assert replied == continued[1:]
+
+
+def test_a_models_own_defaults(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    greedy = run(model, "abc", "-n", 30)["text"]
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 1.5}))
+    assert succeed("run", model, "abc", "-n", 30).out == greedy + "\n"
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 1, "temperature": None}))
+    assert succeed("run", model, "abc", "-n", 30).out == greedy + "\n"
+    assert succeed("run", model, "abc", "-n", 30, "--top-k", 50, "--temperature", 5).out != greedy + "\n"
+    (model / "generation_config.json").write_text(json.dumps({"top_p": 7}))
+    refused = numbainfer("run", model, "abc")
+    assert refused.error.startswith("generation_config.json: top_p must be above 0 and at most 1")
+    assert succeed("run", model, "abc", "-n", 1, "--top-p", 0.9)
+
+
+def test_stdout_is_for_results(models: dict[str, Path]) -> None:
+    quiet = succeed("run", models["bin"], "Once", "-n", 5, "--no-stats", *GREEDY)
+    loud = succeed("run", models["bin"], "Once", "-n", 5, *GREEDY)
+    assert quiet.out == loud.out
+    assert "tok/s" not in quiet.err
+    assert re.search(r"^\[prompt 2 tokens, .* tok/s \| reply 5 tokens, .* tok/s \| .*length\]$", loud.err, re.MULTILINE)
+    assert succeed("info", models["gguf"]).err == ""
+
+
+def test_text_that_the_terminal_lacks(models: dict[str, Path]) -> None:
+    told = succeed("run", models["bin"], "Zoë", "-n", 0, "--json", encoding="ascii").json
+    assert told["prompt_tokens"] == run(models["bin"], "Zoë", "-n", 0)["prompt_tokens"]
+    result = numbainfer("run", "Zoë.gguf", "x", encoding="ascii")
+    assert result.error == "Zo?.gguf: no such file or directory"
+
+
+# --- several turns, through a pipe ----------------------------------------------------------------------------------
+
+
+def chat(model: Path, lines: str, *arguments: object) -> Result:
+    return succeed("run", model, "-i", *GREEDY, "-n", 4, *arguments, stdin=lines.encode())
+
+
+def test_two_turns(models: dict[str, Path]) -> None:
+    result = chat(models["chat"], "hi\n\nyou\n")
+    first = run(models["chat"], "hi", "-n", 4)
+    said = encode("[user]hi[assistant]" + first["text"].strip() + "[user]you>")
+    second, speeds = result.out.splitlines(), re.findall(r"prompt (\d+) tokens(?:, (\d+) of them cached)?", result.err)
+    assert second[0] == first["text"]
+    assert len(second) == 2
+    assert int(speeds[1][0]) == len(said)
+    assert int(speeds[1][1]) >= len(encode("[user]hi"))  # the first turn was not computed again
+
+
+def test_slash_commands(models: dict[str, Path]) -> None:
+    once = chat(models["chat"], "hi\n")
+    result = chat(models["chat"], "hi\n/reset\n/what is this\nhi\n/exit\nnever\n")
+    assert result.out == once.out * 2
+    assert "unknown command /what: /reset and /exit are known" in result.err
+    assert re.findall(r"prompt (\d+) tokens", result.err) == [str(len(encode("[user]hi>")))] * 2
+
+
+def test_a_prompt_may_come_before_the_chat(models: dict[str, Path]) -> None:
+    assert succeed("run", models["chat"], "hi", "-i", *GREEDY, "-n", 4).out == chat(models["chat"], "hi\n").out
+
+
+def test_a_chat_without_a_template_continues_lines(models: dict[str, Path]) -> None:
+    result = chat(models["bin"], "Once upon\nTom had\n")
+    assert "each line is continued as text" in result.err
+    assert result.out.splitlines() == [run(models["bin"], text, "-n", 4)["text"] for text in ("Once upon", "Tom had")]
+
+
+def test_an_error_in_a_turn_is_told_and_the_chat_goes_on(models: dict[str, Path]) -> None:
+    result = chat(models["chat"], "a" * 50 + "\nhi\n", "--ctx-size", 20)
+    assert "error: the prompt has 57 tokens and the context holds 20" in result.err
+    assert result.out == chat(models["chat"], "hi\n").out
+
+
+# --- convert -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "bfloat16", "float32"])
+def test_convert(dtype: str, models: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "model"
+    result = succeed("convert", models["hf"], out, "--dtype", dtype)
+    assert result.out == ""
+    assert re.search(rf"^{re.escape(str(out))}: 279,296 parameters, [\d.]+ [kM]B as {dtype}$", result.err, re.MULTILINE)
+    stored = SafetensorsFile(out / "model.safetensors").tensors["model.layers.0.mlp.down_proj.weight"].dtype
+    assert stored == {"int8": "I8", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}[dtype]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["model"]
+    assert run(out, "abc", "-n", 3)["tokens"]
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_convert_group_size(group: int, models: dict[str, Path], tmp_path: Path) -> None:
+    succeed("convert", models["hf"], tmp_path / "out", "--group-size", group)
+    tensors = SafetensorsFile(tmp_path / "out" / "model.safetensors").tensors
+    assert tensors["model.embed_tokens.weight_scale"].shape == (257, 128 // group)
+    assert tensors["model.layers.0.mlp.down_proj.weight_scale"].shape == (128, 192 // min(group, 64))
+
+
+def test_convert_says_what_stays_float16(tmp_path: Path) -> None:
+    result = succeed("convert", STORIES, tmp_path / "out")  # its MLP is 172 wide
+    assert "5 matrices stay float16, no group divides their width: model.layers.0.mlp.down_proj" in result.err
+
+
+def test_convert_force(models: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeed("convert", models["hf"], out)
+    refused = numbainfer("convert", models["gguf"], out)
+    assert (refused.code, refused.error) == (1, f"{out} exists; give another name, or --force to replace it")
+    succeed("convert", models["gguf"], out, "--force")
+    assert run(out, "abc", "-n", 5)["tokens"] == run(models["gguf"], "abc", "-n", 5)["tokens"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_convert_never_removes_its_own_source(models: dict[str, Path], tmp_path: Path) -> None:
+    succeed("convert", models["hf"], tmp_path / "out")
+    source = write_model(tmp_path / "out" / "original")
+    refused = numbainfer("convert", source, tmp_path / "out", "--force")
+    assert "which would go with it" in refused.error
+    assert (source / "model.safetensors").exists()
+
+
+def test_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
+    lonely = tmp_path / "model.bin"
+    shutil.copy(STORIES, lonely)
+    assert "has no tokenizer" in numbainfer("run", lonely, "Once").error
+    tokenizer = ("--tokenizer", DATA / "tok512.bin")
+    wanted = run(STORIES, "Once", "-n", 5)["tokens"]
+    assert run(lonely, "Once", "-n", 5, *tokenizer)["tokens"] == wanted
+    succeed("convert", lonely, tmp_path / "out", *tokenizer)
+    assert run(tmp_path / "out", "Once", "-n", 5)["tokens"] == wanted
+    assert "a converted model has its own" in numbainfer("run", tmp_path / "out", "Once", *tokenizer).error
+
+
+# --- bench ---------------------------------------------------------------------------------------------------------
+
+
+def check_row(row: dict[str, Any]) -> None:
+    assert {name: type(value) for name, value in row.items()} == BENCH_ROW
+    assert row["tokens_per_second"] == pytest.approx(1000 / row["ms_per_token"])
+    assert row["percent_of_ceiling"] == pytest.approx(100 * row["bytes_per_second"] / row["bandwidth_ceiling"])
+    assert all(row[name] > 0 for name in ("params", "weight_bytes", "threads", "bytes_per_second", "load_seconds"))
+    assert 1e9 < row["bandwidth_ceiling"] < 1e13
+    assert row["stddev"] >= 0
+    assert row["version"] == __version__
+
+
+def test_bench_json(models: dict[str, Path]) -> None:
+    options = ("-p", 8, "-p", 16, "-n", 4, "-d", 0, "-d", 20, "-r", 2, "-t", 1, "--device", "cpu", "--device", "auto")
+    result = succeed("bench", models["converted"], *options, "-o", "json")
+    tests = ["pp8", "pp16", "tg4", "pp8@d20", "pp16@d20", "tg4@d20"]
+    assert [row["test"] for row in result.json] == tests * 2
+    for row in result.json:
+        check_row(row)
+        assert (row["model"], row["device"], row["threads"], row["repetitions"]) == ("converted", "cpu", 1, 2)
+        assert row["params"] == 279_296
+        weights = SafetensorsFile(models["converted"] / "model.safetensors").tensors.values()
+        assert row["weight_bytes"] == sum(entry.stop - entry.start for entry in weights)
+    assert "compiling" in result.err
+
+
+def test_bench_defaults(models: dict[str, Path]) -> None:
+    rows = succeed("bench", models["endless"], "-r", 1, "-o", "json").json
+    assert [row["test"] for row in rows] == ["pp512", "tg128"]
+    assert [row["stddev"] for row in rows] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "generate", "tests"), [(8, 0, ["pp8"]), (0, 3, ["tg3"]), (1, 0, ["pp1"]), (0, 1, ["tg1"])]
+)
+def test_bench_one_kind(prompt: int, generate: int, tests: list[str], models: dict[str, Path]) -> None:
+    rows = succeed("bench", models["hf"], "-p", prompt, "-n", generate, "-r", 1, "-o", "json").json
+    assert [row["test"] for row in rows] == tests
+
+
+def test_bench_for_people_and_spreadsheets(models: dict[str, Path]) -> None:
+    def bench(output: str) -> str:
+        return succeed("bench", models["converted"], "-p", 8, "-n", 4, "-r", 1, "-o", output).out
+
+    rows = list(csv.DictReader(io.StringIO(bench("csv"))))
+    assert [list(row) for row in rows] == [list(BENCH_ROW)] * 2
+    assert [row["test"] for row in rows] == ["pp8", "tg4"]
+    assert all(float(row["tokens_per_second"]) > 0 for row in rows)
+
+    markdown = bench("markdown").splitlines()
+    assert [line.count("|") for line in markdown] == [10] * 4
+    assert [cell.strip() for cell in markdown[3].split("|")[1:5:3]] == ["converted", "tg4"]
+
+    table = bench("table")
+    assert all(word in table for word in ("pp8", "tg4", "tok/s", "% of ceiling", "converted", "1 repetitions"))
+
+
+def test_bench_random() -> None:
+    rows = succeed("bench", "--random", "smollm2-135m", "-p", 16, "-n", 4, "-r", 2, "-o", "json").json
+    for row in rows:
+        check_row(row)
+    assert [row["params"] for row in rows] == [134_515_008] * 2  # as its model card says, without the norms' 576
+    assert set(RANDOM) == set(ARCHITECTURES)
+
+
+# --- perplexity, info, help -----------------------------------------------------------------------------------------
+
+
+def perplexity_in_numpy(engine: Engine, text: str, size: int) -> tuple[float, int]:
+    """llama.cpp's: chunks of `size`, BOS first, the second half of each scored. (mean nll, tokens)"""
+    tokens = engine.tokenizer.encode(text)
+    losses = []
+    for start in range(0, len(tokens) - size + 1, size):
+        chunk = [engine.tokenizer.bos_id, *tokens[start + 1 : start + size]]
+        logits = np.concatenate([part.astype(np.float64) for _, part in engine.logits(chunk)])
+        logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        losses += [-logs[i, chunk[i + 1]] for i in range(size // 2, size - 1)]
+    return float(np.mean(losses)), len(losses)
+
+
+@pytest.mark.parametrize("size", [64, 257])
+def test_perplexity(size: int) -> None:
+    told = succeed("perplexity", STORIES, STORY_TEXT, "--ctx-size", size, "-o", "json").json
+    assert {name: type(value) for name, value in told.items()} == {
+        "perplexity": float,
+        "nll": float,
+        "tokens": int,
+        "chunks": int,
+        "seconds": float,
+    }
+    nll, tokens = perplexity_in_numpy(load(STORIES, chunk=128).engine, STORY_TEXT.read_text(), size)
+    assert told["tokens"] == tokens == told["chunks"] * (size - 1 - size // 2)
+    assert told["nll"] == pytest.approx(nll, rel=1e-5)
+    assert told["perplexity"] == pytest.approx(np.exp(nll), rel=1e-4)
+    assert 4 < told["perplexity"] < 6  # it was trained on such stories
+
+
+def test_perplexity_of_stdin() -> None:
+    from_file = succeed("perplexity", STORIES, STORY_TEXT, "--ctx-size", 128, "-o", "json").json
+    piped = succeed("perplexity", STORIES, "-", "--ctx-size", 128, stdin=STORY_TEXT.read_bytes()).out
+    assert re.search(rf"^perplexity +{from_file['perplexity']:.4f}$", piped, re.MULTILINE)
+
+
+def test_info_of_a_model(models: dict[str, Path]) -> None:
+    loaded, converted = (succeed("info", models[kind], "--ctx-size", 100).out for kind in ("hf", "converted"))
+    assert loaded.splitlines()[1:] == converted.splitlines()[1:]  # the first line is the name
+    facts = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in converted.splitlines())
+    assert facts["architecture"] == "LlamaForCausalLM"
+    assert facts["parameters"] == "279,296"
+    assert facts["context"] == "256"
+    assert facts["weights"].endswith("int8 (group 64)")
+    assert facts["kv cache at 100"] == "51.2 kB"  # 2 x 2 layers x 2 heads x 32 x 100 positions in float16
+    assert "float16, int8 (group 64)" in succeed("info", STORIES).out
+
+
+def test_info_of_the_machine() -> None:
+    out = succeed("info").out
+    assert re.search(rf"^numbainfer +{re.escape(__version__)}$", out, re.MULTILINE)
+    assert all(f"\n{name} " in out for name in ("python", "numba", "cpu", "int8 kernels", "gpu", "cache"))
+
+
+def test_version() -> None:
+    assert succeed("--version").out == f"numbainfer, version {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["run", "convert", "bench", "info", "perplexity"])
+def test_help_has_examples_that_work(command: str) -> None:
+    text = succeed(command, "--help").out
+    examples = re.findall(rf"^  (?:.*\| )?numbainfer {command}\b(.*)", text, re.MULTILINE)
+    assert examples
+    for example in examples:
+        words = re.findall(r'"[^"]*"|\S+', example)
+        commands.commands[command].make_context(command, words)  # raises where an option is unknown
+    assert command in succeed("--help").out
+
+
+def test_no_command_shows_the_help() -> None:
+    result = numbainfer()
+    assert (result.code, result.out) == (2, "")
+    assert "Usage: numbainfer" in result.err
+    assert "error" not in result.err
