@@ -120,7 +120,18 @@ FLOORS = [
     ["config", "specs", "safetensors_file", "checkpoint", "kv_cache"],
     ["model"],
     ["sampling", "tokenizer", "tokenizer_backends", "chat", "chat_bounds", "chat_sandbox", "engine"],
-    ["converters", "loading", "console", "info", "bench", "bench_output", "chat_session", "perplexity", "cli"],
+    [
+        "converters",
+        "loading",
+        "console",
+        "info",
+        "bench",
+        "bench_output",
+        "chat_session",
+        "perplexity",
+        "cli",
+        "__main__",
+    ],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
