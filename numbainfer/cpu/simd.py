@@ -219,6 +219,18 @@ def advance(typingctx, pointer, elements):
     return pointer(pointer, types.int64), lambda context, builder, sig, args: builder.gep(args[0], [args[1]])
 
 
+@intrinsic
+def local_floats(typingctx):
+    """16 floats on the stack of the kernel's frame; every call of it in a kernel gives another 16."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        array = cgutils.alloca_once(builder, ir.ArrayType(_f32, LANES))
+        array.align = 64
+        return builder.bitcast(array, _f32.as_pointer())
+
+    return types.CPointer(types.float32)(), codegen
+
+
 @_define(types.CPointer(types.int8), types.CPointer(types.float32))
 def as_bytes(builder: Any, pointer: Any) -> Any:
     """The same address, as a pointer to bytes."""
@@ -430,9 +442,9 @@ def count_up(builder: Any, pointer: Any, index: Any) -> None:
 
 @_define(types.void, _P8, types.int64)
 def prefetch(builder: Any, pointer: Any, index: Any) -> None:
-    """Asks for the cache line of pointer[index], to be read once; an address past the end is harmless."""
+    """Asks for the cache line of pointer[index] in the second-level cache; an address past the end is harmless."""
     pointer = builder.gep(pointer, [index])
-    read, locality, data = (ir.Constant(_i32, v) for v in (0, 0, 1))
+    read, locality, data = (ir.Constant(_i32, v) for v in (0, 2, 1))
     _call_void(builder, "llvm.prefetch.p0", pointer, read, locality, data)
 
 
