@@ -63,7 +63,7 @@ from numbainfer.quantization import GROUPS, QuantizedMatrix, QuantizedRows
 OFFSET = detect().weight_offset
 OFFSET_BYTES = -2139062144 if OFFSET else 0  # 0x80808080: xor adds 128 to each of four bytes
 AHEAD = 8192  # bytes of prefetch distance
-ROW_FORM_TOKENS = 8
+ROW_FORM_TOKENS = 4
 
 
 def _make_row_kernels(group: int, planes: int) -> tuple[Kernel, Kernel]:
