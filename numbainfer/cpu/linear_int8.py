@@ -20,13 +20,13 @@ from numba import njit
 from numpy import float32, int32
 
 from numbainfer.cpu.compile import Kernel, kernel
+from numbainfer.cpu.dot import dot4
 from numbainfer.cpu.isa import detect
 from numbainfer.cpu.launch import Stream
 from numbainfer.cpu.quantize import check_rows
 from numbainfer.cpu.simd import (
     advance,
     as_bytes,
-    dot4,
     fma,
     get,
     hsum,

@@ -3,7 +3,7 @@
 LLVM has vector types, and Numba lets a type's data model be any LLVM type; so `F32x16` is an ordinary value in a
 kernel: `acc = fma(load(w, i), load(x, i), acc)` compiles to what a C programmer writes with intrinsics. A 16-lane
 value is one AVX-512 register, two AVX2 registers or four NEON registers: LLVM splits it, so the same kernels run
-on every machine. Only the int8 dot product differs by instruction set (isa.py).
+on every machine. Only the int8 dot product (dot.py) and float16 differ by instruction set (isa.py).
 
 Pointers are Numba's `CPointer`: `p[i]` reads an element, `load(p, i)` reads the 16 elements from p[i] on. `F16`
 and `BF16` are element types for pointers to half-precision data, which `load` widens and `store` rounds.
@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, ClassVar
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -450,97 +448,6 @@ def prefetch(builder: Any, pointer: Any, index: Any) -> None:
 
 def _call_void(builder: Any, name: str, *args: Any) -> None:
     _call(builder, name, ir.VoidType(), *args)
-
-
-# --- the int8 dot product --------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def _vnni_operand(triple: str) -> ir.VectorType:
-    """LLVM changed vpdpbusd's operands from 16 x i32 to 64 x i8: ask the one at hand which it takes."""
-    probe = (
-        "declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)\n"
-        f'target triple = "{triple}"\n'
-    )
-    try:
-        llvm.parse_assembly(probe).verify()
-    except RuntimeError:
-        return I32x16.llvm
-    return I8x64.llvm
-
-
-def _dot_vnni(builder: Any, acc: Any, w: Any, x: Any) -> Any:
-    operand = _vnni_operand(builder.module.triple)
-    unsigned = builder.xor(w, _constant(I8x64.llvm, -128))  # w + 128 as an unsigned byte
-    args = [builder.bitcast(v, operand) for v in (unsigned, x)]
-    return _call(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, acc, *args)
-
-
-def _split(builder: Any, value: Any, parts: int) -> list[Any]:
-    count = value.type.count // parts
-    index = ir.VectorType(_i32, count)
-    return [
-        builder.shuffle_vector(value, value, ir.Constant(index, list(range(p * count, (p + 1) * count))))
-        for p in range(parts)
-    ]
-
-
-def _join(builder: Any, parts: list[Any]) -> Any:
-    while len(parts) > 1:
-        index = ir.VectorType(_i32, parts[0].type.count * 2)
-        lanes = ir.Constant(index, list(range(index.count)))
-        parts = [builder.shuffle_vector(a, b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
-
-
-def _dot_avx2(builder: Any, acc: Any, w: Any, x: Any) -> Any:
-    """vpmaddubsw multiplies unsigned by signed: |w| and x with w's sign; |w| <= 127 keeps its 16 bits in range."""
-    byte, short, word = (ir.VectorType(t, n) for t, n in ((_i8, 32), (_i16, 16), (_i32, 8)))
-    out = []
-    for a, wp, xp in zip(*(_split(builder, v, 2) for v in (acc, w, x)), strict=True):
-        magnitude = _call(builder, "llvm.x86.avx2.psign.b", byte, wp, wp)
-        signed = _call(builder, "llvm.x86.avx2.psign.b", byte, xp, wp)
-        pairs = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", short, magnitude, signed)
-        fours = _call(builder, "llvm.x86.avx2.pmadd.wd", word, pairs, _constant(short, 1))
-        out.append(builder.add(a, fours))
-    return _join(builder, out)
-
-
-def _dot_neon(builder: Any, acc: Any, w: Any, x: Any) -> Any:
-    word = ir.VectorType(_i32, 4)
-    parts = zip(*(_split(builder, v, 4) for v in (acc, w, x)), strict=True)
-    return _join(builder, [_call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", word, *p) for p in parts])
-
-
-def _dot_generic(builder: Any, acc: Any, w: Any, x: Any) -> Any:
-    w, x = (builder.bitcast(v, I32x16.llvm) for v in (w, x))
-    for byte in range(4):
-        left, right = _constant(I32x16.llvm, 24 - 8 * byte), _constant(I32x16.llvm, 24)
-        wb, xb = (builder.ashr(builder.shl(v, left), right) for v in (w, x))
-        acc = builder.add(acc, builder.mul(wb, xb))
-    return acc
-
-
-_DOTS = {"avx512_vnni": _dot_vnni, "avx2": _dot_avx2, "neon_dot": _dot_neon, "generic": _dot_generic}
-
-
-@_define(I32x16, I32x16, I8x64, I8x64)
-def dot4(builder: Any, acc: Any, w: Any, x: Any) -> Any:
-    """acc + the sums of products of each 4 adjacent bytes: lane j gets bytes 4j to 4j + 3.
-
-    w: weights in -127 to 127, taken as w + isa.weight_offset; x: activations in -127 to 127. The caller takes
-    isa.weight_offset * sum(x) back.
-    """
-    return _DOTS[detect().name](builder, acc, w, x)
-
-
-def emit_dot4_packed(builder: Any, acc: Any, w: Any, x: Any) -> Any:
-    """As dot4, for weights that were packed with the offset already added (GEMM panels): for code generators."""
-    if detect().weight_offset == 0:
-        return _DOTS[detect().name](builder, acc, w, x)
-    operand = _vnni_operand(builder.module.triple)
-    args = [builder.bitcast(v, operand) for v in (w, x)]
-    return _call(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, acc, *args)
 
 
 # --- functions of vectors --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from numbainfer.cpu import simd
+from numbainfer.cpu import dot, simd
 from numbainfer.cpu.isa import detect
 from numbainfer.cpu.simd import F32x16, I32x16
 
@@ -105,7 +105,7 @@ def tile_dot(builder: Any, tile: list, panel: Any, x: Any, stride: Any) -> list:
         address = builder.gep(x, [builder.mul(stride, _index(token))])
         word = builder.load(builder.bitcast(address, ir.IntType(32).as_pointer()), align=1)
         four = builder.bitcast(simd._splat(builder, word, I32x16.llvm), simd.I8x64.llvm)
-        out += [simd.emit_dot4_packed(builder, tile[2 * token + half], weights[half], four) for half in (0, 1)]
+        out += [dot.emit_dot4_packed(builder, tile[2 * token + half], weights[half], four) for half in (0, 1)]
     return out
 
 
