@@ -9,9 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from numbainfer.bench import RANDOM, RandomWeights
+from numbainfer.bench import RANDOM, Feeder, RandomWeights, bytes_moved
 from numbainfer.config import ModelConfig
 from numbainfer.cpu import BandwidthProbe
 from numbainfer.device import Device, cpu_name
@@ -23,29 +21,13 @@ REST_SECONDS = 0.3
 
 
 class Numbainfer:
-    """Random int8 weights of a real shape, behind the two calls that a peer offers too."""
+    """Random int8 weights of a real shape, behind the calls that a peer offers too."""
 
     def __init__(self, architecture: str, context: int, threads: int) -> None:
         self.ops = bind(Device("cpu"), threads)
         self.model = Model(self.ops, RandomWeights(architecture), context)
-        self._sequence = self.model.cache.add_sequence()
-        self._random = np.random.default_rng(0)
-
-    def reset(self, depth: int) -> None:
-        """Leaves `depth` tokens in the cache."""
-        self.model.cache.truncate(self._sequence, depth)
-        if len(self._sequence) < depth:
-            self.prefill(depth - len(self._sequence))
-
-    def prefill(self, count: int) -> None:
-        """Appends `count` tokens at once."""
-        tokens = self._random.integers(0, self.model.config.vocab_size, count).tolist()
-        for start in range(0, count, self.model.chunk):
-            part = tokens[start : start + self.model.chunk]
-            first = len(self._sequence)
-            self.model.cache.append(self._sequence, part)
-            last = start + len(part) == count
-            self.model.step(part, np.arange(first, first + len(part)), self._sequence.row, "last" if last else "none")
+        feeder = Feeder(self.model)
+        self.reset, self.prefill = feeder.reset, feeder.feed
 
     def decode(self, count: int) -> None:
         """Appends `count` tokens one by one."""
@@ -94,17 +76,14 @@ def compare(name: str, peer: Any, options: argparse.Namespace) -> None:
             time.sleep(REST_SECONDS)
             ceilings.append(probe.measure())
         ratios = [b / a for a, b in zip(seconds["numbainfer"], seconds[name], strict=True)]
-        bytes_per_token = sum(
-            m.nbytes for layer in ours.model.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)
-        )
-        speed = count / statistics.median(seconds["numbainfer"])
-        moved = (bytes_per_token + ours.model.head.nbytes) * speed
+        taken = statistics.median(seconds["numbainfer"])
+        moved = bytes_moved(ours.model, test, count, options.depth) / taken
         rows.append(
             {
                 "model": options.model,
                 "test": f"{test}{count}" + (f"@d{options.depth}" if options.depth else ""),
                 "threads": options.threads,
-                "numbainfer": speed,
+                "numbainfer": count / taken,
                 name: count / statistics.median(seconds[name]),
                 "ratio": statistics.median(ratios),
                 "percent_of_ceiling": 100 * moved / statistics.median(ceilings) if test == "tg" else None,
@@ -124,7 +103,7 @@ def compare(name: str, peer: Any, options: argparse.Namespace) -> None:
         )
 
 
-def _timed(call: Callable[[int], None], count: int) -> float:
+def _timed(call: Callable[[int], Any], count: int) -> float:
     start = time.perf_counter()
     call(count)
     return time.perf_counter() - start

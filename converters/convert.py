@@ -95,7 +95,10 @@ class SourceReader:
             if dtype == tensor.dtype:
                 yield start, rows
             elif dtype == "bfloat16":
-                yield start, float32_to_bfloat16(values.astype(np.float32))
+                bits = float32_to_bfloat16(values.astype(np.float32))
+                if ((bits & 0x7F80) == 0x7F80).any():  # rounded up to infinity
+                    raise self._too_large(tensor)
+                yield start, bits
             else:
                 with np.errstate(over="ignore"):
                     out = values.astype(STORAGE[dtype])
@@ -114,7 +117,8 @@ class SourceReader:
 
     def _too_large(self, tensor: SourceTensor) -> NumbaInferError:
         return NumbaInferError(
-            f"{self.source.path}: tensor {tensor.name} has values beyond float16's range; convert with --dtype float32"
+            f"{self.source.path}: tensor {tensor.name} has values beyond {self.target.float_dtype}'s range; "
+            "convert with --dtype float32"
         )
 
 

@@ -114,12 +114,12 @@ def bench(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """A row per test, with the keys of the README's table."""
+    """A row per test, with the keys that `bench -o json` prints."""
     report = progress or silent
     start = time.perf_counter()
     ops = bind(device, threads)
     weights = open_weights()
-    needed = max(2, max(depths) + max([*prompts, *generates]))  # 2: for warming up
+    needed = max(depths) + max([*prompts, *generates])
     if needed > weights.config.max_positions:
         raise NumbaInferError(f"{needed} tokens exceed this model's context of {weights.config.max_positions}")
     model = Model(ops, weights, needed)
@@ -127,10 +127,10 @@ def bench(
     # By depth, which has to be fed only once.
     kinds = (("pp", prompts), ("tg", generates))
     tests = [(kind, n, depth) for depth in depths for kind, counts in kinds for n in counts if n]
-    runner = _Runner(model)
+    feeder = Feeder(model)
     report("compiling and warming up", 0, None)
     for kind, count, depth in tests:  # also captures a program for each size
-        runner.run(kind, count if kind == "pp" else 2, depth)
+        _timed(feeder, kind, count if kind == "pp" else 1, depth)
     peak = peak_memory_bytes()  # before the probe's buffer, which is no part of the model
     probe = backend(device.kind).BandwidthProbe(ops.stream)
 
@@ -138,14 +138,14 @@ def bench(
     for done, (kind, count, depth) in enumerate(tests):
         name = f"{kind}{count}" + (f"@d{depth}" if depth else "")
         report(name, done, len(tests))
-        runner.run(kind, 1, depth)  # feeds the depth
+        feeder.reset(depth)
         seconds, ceilings = [], []
         for _ in range(repetitions):
             ceilings.append(probe.measure())
-            seconds.append(runner.run(kind, count, depth))
+            seconds.append(_timed(feeder, kind, count, depth))
         rates = [count / s for s in seconds]
         rate, ceiling = statistics.median(rates), statistics.median(ceilings)
-        moved = runner.bytes_moved(kind, count, depth) / statistics.median(seconds)
+        moved = bytes_moved(model, kind, count, depth) / statistics.median(seconds)
         rows.append(
             {
                 "model": weights.name,
@@ -173,47 +173,48 @@ def bench(
     return rows
 
 
-class _Runner:
-    """Runs one test at a time over random tokens, and keeps the depth that is already in the cache."""
+class Feeder:
+    """Feeds a model random tokens, and keeps the depth that is already in its cache."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._sequence = model.cache.add_sequence()
         self._random = np.random.default_rng(0)
 
-    def run(self, kind: str, count: int, depth: int) -> float:
-        """Seconds that the test's tokens took."""
-        cache, sequence = self._model.cache, self._sequence
-        cache.truncate(sequence, depth)
-        if len(sequence) < depth:
-            self._feed(depth - len(sequence))
-        start = time.perf_counter()
-        if kind == "pp":
-            self._feed(count)
-        else:
-            for _ in range(count):
-                self._feed(1)
-        return time.perf_counter() - start
+    def reset(self, depth: int) -> None:
+        """Leaves `depth` tokens in the cache."""
+        self._model.cache.truncate(self._sequence, depth)
+        if len(self._sequence) < depth:
+            self.feed(depth - len(self._sequence))
 
-    def _feed(self, count: int) -> None:
-        """Appends random tokens; the last chunk's last token gets its logits, and greedy sampling."""
+    def feed(self, count: int) -> np.ndarray | None:
+        """Appends `count` random tokens in chunks; the last one's logits."""
         model, sequence = self._model, self._sequence
         tokens = self._random.integers(0, model.config.vocab_size, count).tolist()
+        logits = None
         for start in range(0, count, model.chunk):
             part = tokens[start : start + model.chunk]
             first = len(sequence)
             model.cache.append(sequence, part)
             positions = np.arange(first, first + len(part), dtype=np.int32)
             logits = model.step(part, positions, sequence.row, "last" if start + len(part) == count else "none")
-            if logits is not None:
-                int(np.argmax(logits[-1]))
+        return logits
 
-    def bytes_moved(self, kind: str, count: int, depth: int) -> float:
-        """Bytes of weights and of KV cache that the test has to read."""
-        model = self._model
-        matrices = sum(m.nbytes for layer in model.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down))
-        steps = -(-count // model.chunk) if kind == "pp" else count
-        kv = 2 * model.cache.k_pages[0].itemsize * model.config.kv_heads * model.config.head_dim * model.config.layers
-        positions = depth * steps + (count * (count + 1) / 2 if kind == "tg" else count)
-        heads = 1 if kind == "pp" else count
-        return matrices * steps + model.head.nbytes * heads + kv * positions
+
+def _timed(feeder: Feeder, kind: str, count: int, depth: int) -> float:
+    """Seconds that a test's tokens took, greedy sampling included."""
+    feeder.reset(depth)
+    steps = [count] if kind == "pp" else [1] * count
+    start = time.perf_counter()
+    for tokens in steps:
+        np.argmax(feeder.feed(tokens))
+    return time.perf_counter() - start
+
+
+def bytes_moved(model: Model, kind: str, count: int, depth: int) -> float:
+    """Bytes of weights and of KV cache that a test has to read."""
+    matrices = sum(m.nbytes for layer in model.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down))
+    ends = range(1, count + 1) if kind == "tg" else [*range(model.chunk, count, model.chunk), count]  # of its steps
+    kv = 2 * model.cache.k_pages[0].itemsize * model.config.kv_heads * model.config.head_dim * model.config.layers
+    heads = 1 if kind == "pp" else count
+    return matrices * len(ends) + model.head.nbytes * heads + kv * sum(depth + end for end in ends)

@@ -369,7 +369,9 @@ def bench(
         def open_weights() -> Weights:
             if architecture is not None:
                 return RandomWeights(architecture)
-            return open_model(model, tokenizer=tokenizer, require_tokenizer=False, progress=progress).weights
+            return open_model(
+                model, tokenizer=tokenizer, require_tokenizer=False, threads=threads, progress=progress
+            ).weights
 
         for device in devices or (Device("cpu"),):
             rows += measure(

@@ -19,7 +19,8 @@ DEFAULT_CTX_SIZE = 4096  # positions, where the model allows as many
 
 @dataclass
 class Statistics:
-    """What a generation took. Seconds are wall-clock; decode counts the tokens after the first."""
+    """What a generation took. Seconds are wall-clock; decode counts the tokens after the first. `tokens` counts the
+    EOS that ended the reply, which Generation.tokens leaves out."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the KV cache
@@ -179,9 +180,9 @@ class Engine:
     def _step(self, tokens: list[int], logits: str) -> np.ndarray | None:
         sequence = self._sequence
         start = len(sequence)
-        self.model.cache.append(sequence, tokens)
         positions = np.arange(start, start + len(tokens), dtype=np.int32)
         try:
+            self.model.cache.append(sequence, tokens)
             return self.model.step(tokens, positions, sequence.row, logits)
         except BaseException:
             self.model.cache.truncate(sequence, start)  # what was not stored must not be found later

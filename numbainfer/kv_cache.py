@@ -1,8 +1,8 @@
 """The paged KV cache: keys and values in pages of 64 positions, sequences that own pages.
 
 Pages of a layer are `[page, kv_head, 64, head_dim]`. A sequence's row of the page table says which page holds its
-positions 0 to 63, 64 to 127, and so on. Page table and lengths are plain arrays that kernels read when they run, so
-a captured program serves every token.
+positions 0 to 63, 64 to 127, and so on. The page table is a plain array that kernels read when they run, so a captured
+program serves every token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Sequence:
 
 
 class KVCache:
-    """Keys and values of all layers, for up to `sequences` sequences that share `capacity` positions.
+    """Keys and values of all layers, for up to `sequences` sequences of up to `ctx_size` tokens each.
 
     k_pages, v_pages: per layer [pages, kv_heads, 64, head_dim] of `dtype`. page_table: int32 [sequences, pages of a
     full sequence].

@@ -80,6 +80,7 @@ def open_model(
     *,
     tokenizer: str | None = None,
     require_tokenizer: bool = True,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> OpenedModel:
     """A converted directory mapped in place; any other source to be quantized while loading; None: the demo model."""
@@ -96,7 +97,7 @@ def open_model(
         files = {**source.tokenizer_files, "config.json": json.dumps(source.config).encode()}
         if source.generation_config is not None:
             files["generation_config.json"] = json.dumps(source.generation_config).encode()
-        weights = SourceWeights(source, Target(), progress)
+        weights = SourceWeights(source, Target(), progress, bind(Device("cpu"), threads))
     if not require_tokenizer:
         return OpenedModel(weights, None, {}, weights.name)
     known = Tokenizer.from_files(files, weights.config.vocab_size)  # which checks the JSON files too
@@ -117,7 +118,7 @@ def load(
     """An engine that runs a MODEL. ctx_size None: the model's own, up to DEFAULT_CTX_SIZE; 0: all that it has."""
     start = time.perf_counter()
     ops = bind(device or Device("cpu"), threads)
-    opened = open_model(path, tokenizer=tokenizer, progress=progress)
+    opened = open_model(path, tokenizer=tokenizer, threads=threads, progress=progress)
     assert opened.tokenizer is not None
     model = Model(ops, opened.weights, context_size(opened.weights, ctx_size), chunk=chunk)
     engine = Engine(model, opened.tokenizer)

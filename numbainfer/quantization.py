@@ -1,6 +1,6 @@
 """Matrices as operators see them: floating point, or int8 with one scale per group.
 
-The codec (DESIGN of the on-disk format, docs/format.md): a group is `group` consecutive values of a row;
+The codec (more in docs/format.md): a group is `group` consecutive values of a row;
 s = max|w| / 127 rounded to float16, q = round(w / s) in -127 to 127, w' = q * s. Symmetric: no zero point.
 """
 

@@ -50,7 +50,7 @@ def rmsnorm(stream: Any, x: Any, weight: Any, eps: float, out: Any) -> None:
 
 @operator
 def quantize(stream: Any, x: Any, out: Any) -> None:
-    """Symmetric integers per group: s = max|x| / top, q = round(x / s), ties to even; a group of zeros has s = 0.
+    """Symmetric integers per group: s = max|x| / top, q = round(x / s), ties to even; zeros where max|x| < 1e-33.
 
     x [T, D] to QuantizedRows [T, D], scales float32. One plane: top = 127. Two planes: top = 127 * 256, q split into
     high = floor((q + 128) / 256) and low = max(q - 256 * high, -127).
@@ -72,8 +72,8 @@ def linear(stream: Any, x: Any, weight: Any, bias: Any, residual: Any, out: Any)
     """out = x @ weight.T + bias + residual.
 
     weight Matrix [N, D]: x [T, D] float32. weight QuantizedMatrix [N, D]: x QuantizedRows [T, D] of the same group;
-    products of a group are summed in int32 exactly, groups in float32. bias [N] or None; residual [T, N] or None,
-    may be `out`. out [T, N].
+    products of a group, or of parts of one, are summed in int32 exactly, these sums in float32. bias [N] or None;
+    residual [T, N] or None, may be `out`. out [T, N].
     """
 
 

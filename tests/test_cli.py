@@ -433,6 +433,12 @@ def test_bench_one_kind(prompt: int, generate: int, tests: list[str], models: di
     assert [row["test"] for row in rows] == tests
 
 
+def test_bench_one_token_after_a_depth(models: dict[str, Path]) -> None:
+    """Warming up takes no more context than the test."""
+    rows = succeed("bench", models["converted"], "-p", 0, "-n", 1, "-d", 8, "-r", 1, "-o", "json").json
+    assert [row["test"] for row in rows] == ["tg1@d8"]
+
+
 def test_bench_for_people_and_spreadsheets(models: dict[str, Path]) -> None:
     def bench(output: str) -> str:
         return succeed("bench", models["converted"], "-p", 8, "-n", 4, "-r", 1, "-o", output).out

@@ -18,7 +18,7 @@ from numpy import float32
 
 from numbainfer.cpu.compile import kernel
 from numbainfer.cpu.launch import Stream
-from numbainfer.cpu.quantize import check_rows, quantize
+from numbainfer.cpu.quantize import quantize
 from numbainfer.cpu.rope import PAGE, check_pages
 from numbainfer.cpu.simd import advance, exp, fma, get, hmax, hsum, load, maximum, splat, store
 from numbainfer.cpu.tile import outer_add, outer_load, outer_store, outer_zero
@@ -230,15 +230,12 @@ def attention(
             *(-(-tokens // BLOCK) * kv_heads, tokens, qkv, heads, kv_heads, head_dim, scale, positions, sequences),
             *(k_pages, v_pages, page_table, page_table.shape[1], values, scratch, scratch.shape[1]),
         )
-        if isinstance(out, QuantizedRows):
-            quantize(stream, values, out)
-        return
-    scratch = stream.scratch(2 * shared + PAGE)
-    stream.launch(
-        _attention,
-        *(tokens * kv_heads, qkv, heads, kv_heads, head_dim, scale, positions, sequences, k_pages, v_pages),
-        *(page_table, page_table.shape[1], values, scratch, scratch.shape[1]),
-    )
+    else:
+        scratch = stream.scratch(2 * shared + PAGE)
+        stream.launch(
+            _attention,
+            *(tokens * kv_heads, qkv, heads, kv_heads, head_dim, scale, positions, sequences, k_pages, v_pages),
+            *(page_table, page_table.shape[1], values, scratch, scratch.shape[1]),
+        )
     if isinstance(out, QuantizedRows):
-        check_rows(out, tokens, width)
         quantize(stream, values, out)

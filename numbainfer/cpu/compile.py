@@ -136,9 +136,12 @@ def _closed_over(function: Callable) -> dict[str, Any]:
         if isinstance(value, (bool, int, float, str)):
             constants[name] = value
         elif callable(inner) and hasattr(inner, "__code__"):
+            constants[name] = inner.__qualname__
             for inner_name, constant in _closed_over(inner).items():
                 if constants.setdefault(inner_name, constant) != constant:
                     raise ValueError(f"{function.__qualname__} closes over two values of {inner_name}")
+        else:
+            raise ValueError(f"{function.__qualname__} closes over {name}, which can't tell its kernel from others")
     return constants
 
 

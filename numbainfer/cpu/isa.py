@@ -17,7 +17,7 @@ from numba.core import config
 class Isa:
     """The facts of one instruction-set path that kernels depend on.
 
-    name: shown by `numbainfer info`, and part of every compiled kernel's cache key.
+    name: shown by `numbainfer info`. (The kernel cache's key has the CPU's features, from which it follows.)
     weight_offset: what the dot product adds to each weight byte before multiplying: x86's VNNI multiplies
         unsigned by signed bytes, so weights w become w + 128 there; elsewhere 0.
     half_convert: whether the hardware converts float16 (else it is done with integer arithmetic).

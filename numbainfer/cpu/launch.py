@@ -161,10 +161,11 @@ class Program:
     def run(self) -> None:
         """Runs all launches in order; returns when the last is done. Not reentrant. Releases the GIL."""
         if self._code is None:
-            self._code = np.array(self._words, np.int64)
+            code = np.array(self._words, np.int64)
             self._counters = np.zeros(len(self) * COUNTERS, np.int64)
-            self._pointers = (ctypes.c_int64 * 2)(self._code.ctypes.data, self._counters.ctypes.data)
+            self._pointers = (ctypes.c_int64 * 2)(code.ctypes.data, self._counters.ctypes.data)
             self._entry = _ENTRY_POINT(_replay.entry(_REPLAY_TYPES))
+            self._code = code  # last: Ctrl-C while _replay is compiled must not leave half of it
         numba.set_num_threads(self.threads)  # Numba keeps it per Python thread
         self._entry(len(self), self.threads, self._pointers)
 

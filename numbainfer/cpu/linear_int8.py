@@ -10,7 +10,9 @@ Two forms, by the number of tokens:
   second copy of W.
 
 Where the dot product wants unsigned bytes, weights count as w + OFFSET; the surplus, OFFSET * sum(x), is known per
-group from the activations' sums.
+group from the activations' sums. Panels take it back exactly; the row form takes it back in one lane of a group, before
+the lanes are added in float32, which costs digits where all activations have one sign (errors of 1e-4 of the output's
+spread at 8,192 columns, against 1e-6: still far below what quantization does).
 """
 
 from __future__ import annotations

@@ -111,6 +111,8 @@ def rope_and_store(
     if (q_norm is None) != (k_norm is None):
         raise ValueError("rope_and_store: q_norm and k_norm come together")
     half = 0 if cos is None else cos.shape[1]
+    if 2 * half > head_dim:
+        raise ValueError(f"rope_and_store: heads of {head_dim}, tables of {half} pairs")
     stream.launch(
         _rope_and_store,
         *(qkv.shape[0], qkv, heads, kv_heads, head_dim, q_norm, k_norm, int(q_norm is not None), eps),
