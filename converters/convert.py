@@ -40,7 +40,6 @@ from numbainfer.safetensors_file import SafetensorsWriter
 from numbainfer.specs import Parameter, check_tensors, parameter_groups
 from numbainfer.tokenizer import Tokenizer
 
-DTYPES = ("int8", *STORAGE)
 SHARD_BYTES = 5_000_000_000
 _CHUNK_VALUES = 4 << 20  # values of a matrix that are worked on at a time: 16 MiB as float32
 _SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -48,7 +47,7 @@ _SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 @dataclass(frozen=True)
 class Target:
-    """What matrices become: dtype one of DTYPES, and for int8 the group size asked for."""
+    """What matrices become: dtype int8 or one of STORAGE's, and for int8 the group size asked for."""
 
     dtype: str = "int8"
     group_size: int = 64

@@ -10,9 +10,11 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from numbainfer.device import Device
 
 ARCHITECTURES = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b")
-SOURCES = "a converted directory, a Hugging Face checkpoint directory, a .gguf or a llama2.c .bin"
 
 
 def main() -> None:
@@ -98,6 +99,8 @@ def _signals_that_unwind() -> Iterator[None]:
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     # One that is ignored stays so: nohup does that.
     changed = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        changed[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     finally:
@@ -105,18 +108,22 @@ def _signals_that_unwind() -> Iterator[None]:
             signal.signal(number, before)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C: KeyboardInterrupt, but a moment later where Python would print and forget it: in finalizers, and in
+    the callback that importing a module leaves behind."""
+    inner = frame
+    while inner is not None:
+        code = inner.f_code
+        if code.co_name == "__del__" or (code.co_name == "cb" and "importlib" in code.co_filename):
+            threading.Timer(0.01, signal.raise_signal, (number,)).start()
+            return
+        inner = inner.f_back
+    raise KeyboardInterrupt
+
+
 def _fail(message: str, code: int) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return code
-
-
-def _options(*options: Callable) -> Callable:
-    def decorate(function: Callable) -> Callable:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 class _DeviceType(click.ParamType):

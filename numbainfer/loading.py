@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from numbainfer.engine import DEFAULT_CTX_SIZE, Engine
 from numbainfer.errors import NumbaInferError
 from numbainfer.model import CHUNK, Model
 from numbainfer.progress import Progress
-from numbainfer.registry import Operators, bind
+from numbainfer.registry import bind
 from numbainfer.tokenizer import TOKENIZER_FILES, Tokenizer
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -30,17 +29,10 @@ DEMO_NAME = "SmolLM2-135M-Instruct"
 
 @dataclass
 class LoadedModel:
-    """An engine, and what is known about the model that it runs."""
+    """An engine, and the sampling defaults that its model came with."""
 
     engine: Engine
-    weights: Weights
-    name: str
-    generation_config: dict[str, Any]  # the model's own defaults for sampling
-    load_seconds: float
-
-    @property
-    def ops(self) -> Operators:
-        return self.engine.model.ops
+    generation_config: dict[str, Any]
 
 
 @dataclass
@@ -116,13 +108,11 @@ def load(
     progress: Progress | None = None,
 ) -> LoadedModel:
     """An engine that runs a MODEL. ctx_size None: the model's own, up to DEFAULT_CTX_SIZE; 0: all that it has."""
-    start = time.perf_counter()
     ops = bind(device or Device("cpu"), threads)
     opened = open_model(path, tokenizer=tokenizer, threads=threads, progress=progress)
     assert opened.tokenizer is not None
     model = Model(ops, opened.weights, context_size(opened.weights, ctx_size), chunk=chunk)
-    engine = Engine(model, opened.tokenizer)
-    return LoadedModel(engine, opened.weights, opened.name, opened.generation_config, time.perf_counter() - start)
+    return LoadedModel(Engine(model, opened.tokenizer), opened.generation_config)
 
 
 def context_size(weights: Weights, asked: int | None) -> int:

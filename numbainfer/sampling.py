@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -49,11 +49,6 @@ class SamplingParams:
         require("max_tokens", self.max_tokens >= 0, "0 or more")
         require("seed", self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2^64 - 1")
         require("stop", not isinstance(self.stop, str) and all(self.stop), "texts that are not empty")
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """The parameters' names."""
-        return [f.name for f in fields(cls)]
 
 
 class Sampler:

@@ -54,6 +54,12 @@ def _weigh(weights, v, keys, count, decay, out):
 
 
 @njit
+def _largest(scores):
+    """The largest of scores[64]."""
+    return hmax(maximum(maximum(load(scores, 0), load(scores, 16)), maximum(load(scores, 32), load(scores, 48))))
+
+
+@njit
 def _exponentials(scores, largest):
     """scores[64] to e^(score - largest) in place; returns their sum."""
     sums = splat(float32(0))
@@ -106,8 +112,7 @@ def _attention(
                 scores[j] = _dot(advance(q, h * head_dim), advance(k, j * head_dim), head_dim) * scale
             for j in range(keys, PAGE):
                 scores[j] = float32(-np.inf)
-            top = hmax(maximum(maximum(load(scores, 0), load(scores, 16)), maximum(load(scores, 32), load(scores, 48))))
-            top = max(top, tops[h])
+            top = max(_largest(scores), tops[h])
             decay = math.exp(tops[h] - top)  # 0 on the first page
             tops[h] = top
             sums[h] = sums[h] * decay + _exponentials(scores, top)
@@ -181,8 +186,7 @@ def _attention_block(
                     row = advance(scores, j * PAGE)
                     for i in range(max(0, min(PAGE, position + 1 - start)), PAGE):
                         row[i] = float32(-np.inf)
-                    top = hmax(maximum(maximum(load(row, 0), load(row, 16)), maximum(load(row, 32), load(row, 48))))
-                    top = max(top, tops[q + j])
+                    top = max(_largest(row), tops[q + j])
                     decay = math.exp(tops[q + j] - top)  # 0 on the first page, of which every query sees key 0
                     tops[q + j] = top
                     sums[q + j] = sums[q + j] * decay + _exponentials(row, top)
