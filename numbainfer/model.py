@@ -153,7 +153,7 @@ class Model:
                 *(k_pages, v_pages, page_table),
             )
             mixed = self._input(layer.output, "attention_out", T)
-            ops.attention(qkv, heads, scale, positions, sequences, k_pages, v_pages, page_table, mixed)
+            ops.attention(qkv, heads, scale, 0, positions, sequences, k_pages, v_pages, page_table, mixed)
             ops.linear(mixed, layer.output, layer.output_bias, x, x)
 
             normed = self._input(layer.gate_up, "mlp_in", T)

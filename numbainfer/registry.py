@@ -117,6 +117,7 @@ def attention(
     qkv: Any,
     heads: int,
     scale: float,
+    window: int,
     positions: Any,
     sequences: Any,
     k_pages: Any,
@@ -124,7 +125,8 @@ def attention(
     page_table: Any,
     out: Any,
 ) -> None:
-    """Causal attention over the KV cache: token t attends to positions 0 to positions[t] of its own sequence.
+    """Causal attention over the KV cache: token t attends to positions 0 to positions[t] of its own sequence, and of
+    these to the last `window` where that is not 0 (sliding window: Beltagy et al. 2020, section 3.1).
 
     out[t, h] = softmax(scale * q[t, h] . k[:, g]) @ v[:, g], g = h // (H / K) (GQA: Ainslie et al. 2023), computed
     with the online softmax (Milakov & Gimelshein 2018; Dao et al. 2022). q is the first H * d columns of

@@ -126,12 +126,14 @@ def attention(
     positions: ArrayLike,
     *,
     scale: float | None = None,
+    window: int = 0,
 ) -> Float:
     """Causal attention of T tokens, each over its own sequence: softmax(scale * q K^T) V.
 
     q [T, heads, d]; keys[b] and values[b] [length of sequence b, kv_heads, d], row p belonging to position p,
     the step's own tokens included; sequences [T] says which b a token belongs to, positions [T] where it
-    stands: it sees positions 0 .. its own. scale is 1 / sqrt(d) unless given. -> [T, heads, d].
+    stands: it sees positions 0 .. its own, of these the last `window` if that is not 0. scale is 1 / sqrt(d)
+    unless given. -> [T, heads, d].
     Vaswani et al. 2017, "Attention Is All You Need", eq. 1. Head h reads kv head h // (heads / kv_heads):
     Ainslie et al. 2023, "GQA"; kv_heads = heads is MHA, kv_heads = 1 MQA (Shazeer 2019).
     """
@@ -141,7 +143,8 @@ def attention(
     out = np.empty_like(q)
     for t in range(tokens):
         sequence, seen = np.asarray(sequences)[t], np.asarray(positions)[t] + 1
-        k, v = _f64(keys[sequence])[:seen], _f64(values[sequence])[:seen]
+        first = max(0, seen - window) if window else 0
+        k, v = _f64(keys[sequence])[first:seen], _f64(values[sequence])[first:seen]
         for h in range(heads):
             kv_head = h // (heads // k.shape[1])
             scores = scale * (k[:, kv_head] @ q[t, h])

@@ -67,12 +67,13 @@ class Cache:
         """Indices of [page, kv_head, slot] that give [T, kv_heads, d]."""
         return self.table[sequences, positions // PAGE], slice(None), positions % PAGE
 
-    def filled(self, history: list[np.ndarray]) -> np.ndarray:
-        """Pages that hold history[s] [length, kv_heads, d] of each sequence; all other slots stay poisoned."""
+    def filled(self, history: list[np.ndarray], seen: list[int] | None = None) -> np.ndarray:
+        """Pages that hold history[s] [length, kv_heads, d] of each sequence, from the page of position seen[s] on; all
+        other slots stay poisoned."""
         pages = self.empty.copy()
         for s, rows in enumerate(history):
-            positions = np.arange(len(rows))
-            pages[self.slots(np.full(len(rows), s), positions)] = rows
+            positions = np.arange(seen[s] // PAGE * PAGE if seen else 0, len(rows))
+            pages[self.slots(np.full(len(positions), s), positions)] = rows[positions]
         return pages
 
 
@@ -80,7 +81,34 @@ class Cache:
 @pytest.mark.parametrize("step", list(STEPS))
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
 def test_attention(machine: Machine, heads: int, kv_heads: int, head_dim: int, step: str, dtype: str) -> None:
-    cache = Cache(machine, STEPS[step], kv_heads, head_dim, dtype)
+    check_attention(machine, heads, kv_heads, head_dim, STEPS[step], dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("window", [1, 5, 64, 90])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 16), (2, 1, 80)])
+@pytest.mark.parametrize(
+    "step",
+    [
+        [(0, 0)],
+        [(0, 3), (1, 64), (2, 130), (3, 199)],  # one token each: decode
+        [(0, p) for p in range(100)],
+        [(0, p) for p in range(118, 150)],  # the first pages are out of reach
+        [*((0, p) for p in range(190, 196)), (1, 63), (1, 0), *((2, p) for p in range(66, 70))],
+    ],
+    ids=["first", "decode", "prefill", "chunk", "batch"],
+)
+def test_attention_window(
+    machine: Machine, heads: int, kv_heads: int, head_dim: int, step: list, window: int, dtype: str
+) -> None:
+    check_attention(machine, heads, kv_heads, head_dim, step, dtype, window)
+
+
+def check_attention(
+    machine: Machine, heads: int, kv_heads: int, head_dim: int, step: list, dtype: str, window: int = 0
+) -> None:
+    """The operator against the reference. Pages that no token of a sequence sees stay poisoned."""
+    cache = Cache(machine, step, kv_heads, head_dim, dtype)
     lengths = [int(cache.positions[cache.sequences == s].max(initial=0)) + 1 for s in range(cache.count)]
     rng = np.random.default_rng(head_dim)
     # rounded to the cache's type first, so that the reference sees the same keys and values
@@ -89,12 +117,17 @@ def test_attention(machine: Machine, heads: int, kv_heads: int, head_dim: int, s
     qkv = poison((tokens, (heads + 2 * kv_heads) * head_dim), np.float32)  # only q's columns are read
     qkv[:, :width] = 2 * normal(25, tokens, width)
     scale = 1 / np.sqrt(head_dim)
+    seen = [0] * cache.count  # the first position of each sequence that a token sees
+    if window:
+        oldest = [cache.positions[cache.sequences == s].min(initial=999) + 1 - window for s in range(cache.count)]
+        seen = [max(0, int(position)) for position in oldest]
     arguments = (
-        *(machine.put(qkv), heads, scale, machine.put(cache.positions), machine.put(cache.sequences)),
-        *(machine.put(cache.filled(keys)), machine.put(cache.filled(values)), machine.put(cache.table)),
+        *(machine.put(qkv), heads, scale, window, machine.put(cache.positions), machine.put(cache.sequences)),
+        *(machine.put(cache.filled(keys, seen)), machine.put(cache.filled(values, seen)), machine.put(cache.table)),
     )
     q = qkv[:, :width].reshape(tokens, heads, head_dim)
-    expected = reference.attention(q, keys, values, cache.sequences, cache.positions).reshape(tokens, width)
+    expected = reference.attention(q, keys, values, cache.sequences, cache.positions, window=window)
+    expected = expected.reshape(tokens, width)
     out = machine.out(tokens, width)
     machine.run("attention", *arguments, out)
     # A mean of values: errors are relative to the largest value, and a score of size s adds s * 2^-24 through e^s.
@@ -118,7 +151,7 @@ def test_attention_with_scores_far_apart(machine: Machine) -> None:
     out = machine.out(2, 16)
     pages = [machine.put(cache.filled(rows)) for rows in (keys, values)]
     indices = [machine.put(a) for a in (cache.positions, cache.sequences)]
-    machine.run("attention", machine.put(q), 1, 1.0, *indices, *pages, machine.put(cache.table), out)
+    machine.run("attention", machine.put(q), 1, 1.0, 0, *indices, *pages, machine.put(cache.table), out)
     assert_array_equal(machine.get(out), np.stack([values[0][129, 0], values[1][3, 0]]))
 
 

@@ -93,6 +93,9 @@ def test_attention_is_causal_and_by_position():
     keys, values = np.zeros((4, 1, 1)), np.array([[[1.0]], [[3.0]], [[8.0]], [[100.0]]])
     q = np.ones((3, 1, 1))
     assert_allclose(reference.attention(q, [keys], [values], [0, 0, 0], [2, 0, 1])[:, 0, 0], [4.0, 1.0, 2.0])
+    # and with a window to the mean of its own value and the one before
+    windowed = reference.attention(q, [keys], [values], [0, 0, 0], [2, 0, 1], window=2)
+    assert_allclose(windowed[:, 0, 0], [5.5, 1.0, 2.0])
 
 
 def test_attention_scale():

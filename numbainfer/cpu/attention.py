@@ -79,6 +79,7 @@ def _attention(
     kv_heads,
     head_dim,
     scale,
+    window,
     positions,
     sequences,
     k_pages,
@@ -103,12 +104,15 @@ def _attention(
             o[h * head_dim + i] = float32(0)
     table = advance(page_table, sequences[token] * pages_per_sequence)
     length = positions[token] + 1
-    for first in range(0, length, PAGE):
-        keys = min(PAGE, length - first)
+    oldest = max(0, length - window) if window else 0
+    for first in range(oldest // PAGE * PAGE, length, PAGE):
+        unseen, keys = max(0, oldest - first), min(PAGE, length - first)
         page = (table[first // PAGE] * kv_heads + g) * PAGE * head_dim
         k, v = advance(k_pages, page), advance(v_pages, page)
         for h in range(shared):
-            for j in range(keys):
+            for j in range(unseen):
+                scores[j] = float32(-np.inf)
+            for j in range(unseen, keys):
                 scores[j] = _dot(advance(q, h * head_dim), advance(k, j * head_dim), head_dim) * scale
             for j in range(keys, PAGE):
                 scores[j] = float32(-np.inf)
@@ -126,6 +130,7 @@ def _attention(
 BLOCK = 16  # tokens of a prefill task
 QUERIES = 4  # queries in registers at a time
 BLOCK_FORM_TOKENS = 8  # from here on, tokens are taken in blocks
+LOWEST = float32(-1e38)  # stands for the top of no scores: e^(-inf - LOWEST) is 0, e^(-inf + inf) is not a number
 
 
 @njit
@@ -140,8 +145,8 @@ def _widen_page(k, v, keys, head_dim, columns, k_turned, v_wide):
 
 @kernel
 def _attention_block(
-    task, worker, tokens, qkv, heads, kv_heads, head_dim, scale, positions, sequences, k_pages, v_pages, page_table,
-    pages_per_sequence, out, scratch, floats
+    task, worker, tokens, qkv, heads, kv_heads, head_dim, scale, window, positions, sequences, k_pages, v_pages,
+    page_table, pages_per_sequence, out, scratch, floats
 ):  # fmt: skip
     g, shared = task % kv_heads, heads // kv_heads
     first = task // kv_heads * BLOCK
@@ -155,9 +160,10 @@ def _attention_block(
     queries = advance(tops, BLOCK * shared + QUERIES)  # [BLOCK * shared + QUERIES, d], scaled
     values = advance(queries, (BLOCK * shared + QUERIES) * head_dim)  # [BLOCK * shared + QUERIES, columns]
     while first < last:  # a run of tokens of one sequence
-        sequence, length, run = sequences[first], 0, first
+        sequence, length, oldest, run = sequences[first], 0, positions[first], first
         while run < last and sequences[run] == sequence:
             length = max(length, positions[run] + 1)
+            oldest = min(oldest, max(0, positions[run] + 1 - window) if window else 0)
             run += 1
         count = (run - first) * shared  # query q is head q % shared of token first + q // shared
         for q in range(-(-count // QUERIES) * QUERIES):
@@ -167,16 +173,17 @@ def _attention_block(
                 queries[q * head_dim + i] = qkv[source + i] * scale if q < count else float32(0)
             for i in range(columns):
                 values[q * columns + i] = float32(0)
-        for start in range(0, length, PAGE):
+        for start in range(oldest // PAGE * PAGE, length, PAGE):
             page = (page_table[sequence * pages_per_sequence + start // PAGE] * kv_heads + g) * PAGE * head_dim
             keys = min(PAGE, length - start)
             _widen_page(advance(k_pages, page), advance(v_pages, page), keys, head_dim, columns, k_turned, v_wide)
             for q in range(0, count, QUERIES):
-                latest = 0
+                latest, earliest = 0, length
                 for j in range(q, min(q + QUERIES, count)):
                     latest = max(latest, positions[first + j // shared])
-                if latest < start:
-                    continue  # causal: none of these queries sees this page
+                    earliest = min(earliest, positions[first + j // shared])
+                if latest < start or (window and earliest + 1 - window >= start + PAGE):
+                    continue  # none of these queries sees this page
                 acc = outer_zero()
                 for i in range(head_dim):
                     acc = outer_add(acc, advance(queries, q * head_dim + i), head_dim, advance(k_turned, i * PAGE))
@@ -186,8 +193,12 @@ def _attention_block(
                     row = advance(scores, j * PAGE)
                     for i in range(max(0, min(PAGE, position + 1 - start)), PAGE):
                         row[i] = float32(-np.inf)
-                    top = max(_largest(row), tops[q + j])
-                    decay = math.exp(tops[q + j] - top)  # 0 on the first page, of which every query sees key 0
+                    if window:
+                        for i in range(min(PAGE, position + 1 - window - start)):
+                            row[i] = float32(-np.inf)
+                    # A query that sees no key of its first page goes on with a top that leaves all of it 0.
+                    top = max(_largest(row), tops[q + j], LOWEST)
+                    decay = math.exp(tops[q + j] - top)  # 0 on the first page
                     tops[q + j] = top
                     sums[q + j] = sums[q + j] * decay + _exponentials(row, top)
                     for i in range(0, columns, 16):
@@ -212,6 +223,7 @@ def attention(
     qkv: np.ndarray,
     heads: int,
     scale: float,
+    window: int,
     positions: np.ndarray,
     sequences: np.ndarray,
     k_pages: np.ndarray,
@@ -231,14 +243,14 @@ def attention(
         scratch = stream.scratch((head_dim + columns + QUERIES) * PAGE + rows * (2 + head_dim + columns))
         stream.launch(
             _attention_block,
-            *(-(-tokens // BLOCK) * kv_heads, tokens, qkv, heads, kv_heads, head_dim, scale, positions, sequences),
-            *(k_pages, v_pages, page_table, page_table.shape[1], values, scratch, scratch.shape[1]),
+            *(-(-tokens // BLOCK) * kv_heads, tokens, qkv, heads, kv_heads, head_dim, scale, window, positions),
+            *(sequences, k_pages, v_pages, page_table, page_table.shape[1], values, scratch, scratch.shape[1]),
         )
     else:
         scratch = stream.scratch(2 * shared + PAGE)
         stream.launch(
             _attention,
-            *(tokens * kv_heads, qkv, heads, kv_heads, head_dim, scale, positions, sequences, k_pages, v_pages),
+            *(tokens * kv_heads, qkv, heads, kv_heads, head_dim, scale, window, positions, sequences, k_pages, v_pages),
             *(page_table, page_table.shape[1], values, scratch, scratch.shape[1]),
         )
     if isinstance(out, QuantizedRows):
