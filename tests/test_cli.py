@@ -17,7 +17,8 @@ from command import ENDLESS, GREEDY, STORIES, Result, numbainfer, succeed, write
 
 from numbainfer import NumbaInferError, __version__, loading
 from numbainfer.bench import RANDOM
-from numbainfer.cli import ARCHITECTURES, commands
+from numbainfer.cli import commands
+from numbainfer.cli.bench import ARCHITECTURES
 from numbainfer.engine import Engine
 from numbainfer.loading import context_size, load, names_a_model
 from numbainfer.safetensors_file import SafetensorsFile

@@ -1,0 +1,67 @@
+"""`numbainfer perplexity`: how well a model predicts a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from numbainfer.cli.options import debug_option, device_option, not_empty, read_stdin, threads_option, tokenizer_option
+from numbainfer.errors import NumbaInferError
+
+if TYPE_CHECKING:
+    from numbainfer.device import Device
+
+
+@click.command()
+@click.argument("model", callback=not_empty)
+@click.argument("file", callback=not_empty)
+@click.option("--ctx-size", type=click.IntRange(4), default=512, show_default=True, help="Tokens of a chunk.")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@device_option
+@threads_option
+@tokenizer_option
+@debug_option
+def perplexity(
+    model: str,
+    file: str,
+    ctx_size: int,
+    output: str,
+    device: Device,
+    threads: int | None,
+    tokenizer: str | None,
+    debug: bool,
+) -> None:
+    """Measure how well MODEL predicts the text in FILE ("-": stdin), as llama.cpp defines it.
+
+    \b
+    numbainfer perplexity ./qwen text.txt
+    numbainfer perplexity ./qwen text.txt --ctx-size 2048 -o json
+    """
+    from numbainfer.bench_output import print_facts
+    from numbainfer.console import announce_compilation, progress_bars
+    from numbainfer.loading import load
+    from numbainfer.perplexity import perplexity as measure
+
+    try:
+        text = read_stdin() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise NumbaInferError(f"{file} is not UTF-8 text: {error}") from error
+    announce_compilation()
+    with progress_bars() as progress:
+        loaded = load(
+            model,
+            device=device,
+            ctx_size=ctx_size,
+            threads=threads,
+            tokenizer=tokenizer,
+            chunk=128,  # logits of all tokens of a chunk are kept at once: 78 MB at a vocabulary of 150,000
+            progress=progress,
+        )
+        result = measure(loaded.engine, text, ctx_size, progress)
+    if output == "json":
+        print(json.dumps(result.__dict__))
+    else:
+        print_facts({k: f"{v:.4f}" if isinstance(v, float) else str(v) for k, v in result.__dict__.items()})

@@ -1,0 +1,110 @@
+"""`numbainfer run`: text, one reply, or a chat."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from numbainfer.cli.options import (
+    ctx_size_option,
+    debug_option,
+    device_option,
+    read_stdin,
+    threads_option,
+    tokenizer_option,
+)
+from numbainfer.errors import NumbaInferError
+
+if TYPE_CHECKING:
+    from numbainfer.device import Device
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.argument("prompt", required=False)
+@device_option
+@click.option("-n", "--max-tokens", type=click.IntRange(0), default=512, show_default=True, help="New tokens at most.")
+@click.option("--temperature", type=click.FloatRange(0), help="0: always the most likely token [default: 0.7].")
+@click.option("--top-k", type=click.IntRange(0), help="Only the k most likely tokens; 0: all [default: 40].")
+@click.option("--top-p", type=float, help="The most likely that together reach this [default: 0.95].")
+@click.option("--min-p", type=float, help="At least this times the most likely one's probability [default: 0].")
+@click.option("--repetition-penalty", type=float, help="Above 1: tokens that were there get less likely [default: 1].")
+@click.option("--seed", type=click.IntRange(0), help="Same seed, same text.")
+@click.option("--system", metavar="TEXT", help="The system message of a chat model.")
+@click.option("--stop", multiple=True, metavar="STR", help="Text that ends the reply (repeatable).")
+@threads_option
+@ctx_size_option
+@tokenizer_option
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is: no chat template.")
+@click.option("-i", "--interactive", is_flag=True, help="Chat over several turns; /reset forgets, /exit ends.")
+@click.option("--stats/--no-stats", default=True, show_default=True, help="Speeds on stderr at the end.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@debug_option
+def run(
+    model: str | None,
+    prompt: str | None,
+    device: Device,
+    max_tokens: int,
+    system: str | None,
+    threads: int | None,
+    ctx_size: int | None,
+    tokenizer: str | None,
+    raw: bool,
+    interactive: bool,
+    stats: bool,
+    as_json: bool,
+    debug: bool,
+    stop: tuple[str, ...],
+    **sampling: Any,
+) -> None:
+    """Generate text: the reply of a chat model, or the continuation of PROMPT.
+
+    MODEL is a converted directory, a Hugging Face checkpoint directory, a .gguf or a llama2.c .bin; without one, the
+    demo model SmolLM2-135M-Instruct, fetched once. PROMPT "-", or none with a pipe on stdin, is read from stdin.
+
+    \b
+    numbainfer run "Once upon a time" --temperature 0.8
+    numbainfer run model.gguf "Why is the sky blue?" -n 200
+    cat question.txt | numbainfer run ./model -
+    numbainfer run ./model -i
+    """
+    from numbainfer.chat_session import Session, chat_loop, reply
+    from numbainfer.console import announce_compilation, progress_bars
+    from numbainfer.loading import load, names_a_model, require_model
+    from numbainfer.sampling import SamplingParams
+
+    if model is not None and prompt is None and not names_a_model(model):
+        model, prompt = None, model
+    given = {name: value for name, value in sampling.items() if value is not None}
+    try:
+        SamplingParams(**given, max_tokens=max_tokens, stop=stop)
+    except NumbaInferError as error:
+        raise click.UsageError(str(error)) from error
+    if interactive and as_json:
+        raise click.UsageError("--json and --interactive don't go together")
+    if model is not None:
+        require_model(model)  # before stdin is waited for
+    if prompt is None and not interactive:
+        interactive = sys.stdin.isatty() and not as_json
+    if prompt == "-" or (prompt is None and not interactive):
+        prompt = read_stdin()
+    if prompt is not None and not prompt.strip() and not interactive:
+        raise NumbaInferError("the prompt is empty: give some text")
+    announce_compilation()
+    with progress_bars() as progress:
+        loaded = load(
+            model,
+            device=device,
+            ctx_size=ctx_size,
+            threads=threads,
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+    session = Session(loaded, raw=raw, system=system, max_tokens=max_tokens, stop=stop, sampling=given)
+    if interactive:
+        chat_loop(session, prompt, show_statistics=stats)
+    else:
+        assert prompt is not None
+        click.get_current_context().exit(reply(session, prompt, show_statistics=stats, as_json=as_json))
