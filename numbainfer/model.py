@@ -71,7 +71,7 @@ class Model:
         self.cache = KVCache(ops.pool, config, ctx_size, dtype=dtype, sequences=sequences)
         angles = np.arange(ctx_size, dtype=np.float32)[:, None] * config.inverse_frequencies()
         self.cos, self.sin = np.cos(angles), np.sin(angles)  # [positions, d / 2] float32
-        self._programs: OrderedDict[tuple[int, str], Any] = OrderedDict()
+        self._programs: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._allocate()
 
     def _allocate(self) -> None:
@@ -83,7 +83,7 @@ class Model:
         self._qkv = pool.empty((T, layer.qkv.shape[0]), np.float32)
         self._gate_up = pool.empty((T, layer.gate_up.shape[0]), np.float32)
         self._inputs: dict[tuple, Any] = {}
-        self._logits = pool.empty((1, config.vocab_size), np.float32)
+        self._logits = pool.empty((len(self.cache.page_table), config.vocab_size), np.float32)  # a row per sequence
 
     def _input(self, matrix: AnyMatrix, role: str, tokens: int) -> Any:
         """The buffer that holds a matrix's input: float32, or int8 in the matrix's groups."""
@@ -93,26 +93,30 @@ class Model:
         buffer = self._inputs[key]
         return buffer.first(tokens) if isinstance(buffer, QuantizedRows) else buffer[:tokens]
 
-    def step(self, tokens: Sequence[int], positions: Any, sequences: Any, logits: str = "last") -> np.ndarray | None:
+    def step(
+        self, tokens: Sequence[int], positions: Any, sequences: Any, logits: str | int = "last"
+    ) -> np.ndarray | None:
         """Runs T tokens (T <= chunk) through the model, storing their keys and values in the cache.
 
-        positions, sequences: per token, its position and its sequence's row in the page table. logits: "last" for
-        those of the last token [1, vocabulary], "all" [T, vocabulary], or "none". The array returned is float32 and
-        lives until the next step.
+        positions, sequences: per token, its position and its sequence's row in the page table; a sequence's tokens
+        follow each other, with others between them or not. logits: of how many tokens at the step's end to compute
+        them, "none" for 0, "last" for 1, "all" for T. The array returned is float32 [tokens, vocabulary] and lives
+        until the next step; None for 0.
         """
         T = len(tokens)
+        rows = {"none": 0, "last": 1, "all": T}[logits] if isinstance(logits, str) else logits
         self._tokens[:T] = tokens
         self._positions[:T] = positions
         self._sequences[:T] = sequences
-        if logits == "all" and len(self._logits) < T:
+        if len(self._logits) < rows:
             self.ops.pool.release(self._logits)
-            self._logits = self.ops.pool.empty((T, self.config.vocab_size), np.float32)
+            self._logits = self.ops.pool.empty((rows, self.config.vocab_size), np.float32)
             self._programs.clear()
         if self.eager:
-            self._walk(T, logits)
+            self._walk(T, rows)
         else:
-            self._program(T, logits).run()
-        return None if logits == "none" else self._logits[: T if logits == "all" else 1]
+            self._program(T, rows).run()
+        return self._logits[:rows] if rows else None
 
     def release(self) -> None:
         """Gives the cache and the workspace back to the pool; the model can't run any more."""
@@ -123,19 +127,22 @@ class Model:
         for array in (self._tokens, self._positions, self._sequences, self._x, self._qkv, self._gate_up, self._logits):
             self.ops.pool.release(array)
 
-    def _program(self, T: int, logits: str) -> Any:
-        program = self._programs.get((T, logits))
+    def _program(self, T: int, rows: int) -> Any:
+        program = self._programs.get((T, rows))
         if program is None:
             with self.ops.stream.capture() as program:
-                self._walk(T, logits)
-            self._programs[T, logits] = program
+                self._walk(T, rows)
+            self._programs[T, rows] = program
             if len(self._programs) > _KEPT_PROGRAMS:
                 self._programs.popitem(last=False)
-        self._programs.move_to_end((T, logits))
+        self._programs.move_to_end((T, rows))
         return program
 
-    def _walk(self, T: int, logits: str) -> None:
-        """The forward pass. Shapes: x [T, D], qkv [T, (H + 2 K) d], gate_up [T, 2 F]."""
+    def _walk(self, T: int, rows: int) -> None:
+        """The forward pass, with logits of the last `rows` tokens.
+
+        Shapes: x [T, D], qkv [T, (H + 2 K) d], gate_up [T, 2 F].
+        """
         ops, config, cache = self.ops, self.config, self.cache
         heads, eps = config.heads, config.norm_eps
         positions, sequences = self._positions[:T], self._sequences[:T]
@@ -163,9 +170,8 @@ class Model:
             ops.swiglu(gate_up, hidden)
             ops.linear(hidden, layer.down, layer.down_bias, x, x)
 
-        if logits == "none":
+        if rows == 0:
             return
-        rows = T if logits == "all" else 1
         normed = self._input(self.head, "head_in", rows)
         ops.rmsnorm(x[T - rows :], self.norm, eps, normed)
         ops.linear(normed, self.head, None, None, self._logits[:rows])

@@ -170,6 +170,25 @@ def test_tokens_of_several_sequences_in_one_step(name: str, ops: Operators, chec
         assert difference(logits[order], expected) <= 1e-5
 
 
+@pytest.mark.parametrize(("name", "dtype"), [(FLOAT_MODELS[0], "float32"), ("qwen3_mixed", "int8")])
+def test_logits_of_the_last_tokens_of_a_step(name: str, dtype: str, ops: Operators, checkpoint_of: Checkpoints) -> None:
+    """Any number of them, growing and shrinking: those that "all" has at the end."""
+    model = build_model(ops, source_weights(checkpoint_of(name), dtype))
+    tokens = random_tokens(model, 20)
+    expected = all_logits(model, tokens, len(tokens))
+    for rows in (1, 5, 2, 20, 0, 19):
+        sequence = model.cache.add_sequence()
+        model.cache.append(sequence, tokens)
+        logits = model.step(tokens, np.arange(len(tokens)), sequence.row, rows)
+        model.cache.remove(sequence)
+        if rows == 0:
+            assert logits is None
+        else:
+            assert logits is not None
+            assert logits.shape == (rows, model.config.vocab_size)
+            assert difference(logits, expected[-rows:]) <= 1e-5
+
+
 class Dequantized:
     """The float32 weights that an int8 model's codes stand for."""
 
