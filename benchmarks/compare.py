@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from numbainfer.bench import RANDOM, Feeder, RandomWeights, bytes_moved
+from numbainfer.bench import Feeder, bytes_moved
 from numbainfer.config import ModelConfig
 from numbainfer.cpu import BandwidthProbe
 from numbainfer.device import Device, cpu_name
 from numbainfer.model import Model
+from numbainfer.random_weights import RANDOM, RandomWeights
 from numbainfer.registry import bind
 
 # Both engines keep threads that poll for work for a while after their last call; they get this long to fall asleep.

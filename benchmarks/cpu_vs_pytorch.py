@@ -12,7 +12,7 @@ import torch
 from compare import arguments, compare
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config
 
-from numbainfer.bench import RANDOM
+from numbainfer.random_weights import RANDOM
 
 _CONFIGS: dict[str, Any] = {
     "LlamaForCausalLM": LlamaConfig,

@@ -1,176 +1,161 @@
 """Measures tokens per second, and how much of the machine's memory bandwidth that is.
 
 Tests are named as llama-bench names them: pp512 is a prompt of 512 tokens, tg128 generates 128, one by one; @d4096
-after 4,096 tokens that are not timed. The read bandwidth is measured in turn with the repetitions, because machines
-are shared and their speed drifts.
+after 4,096 tokens that are not timed; @b8 for 8 sequences together, a token of each in every step. The read bandwidth
+is measured in turn with the repetitions, because machines are shared and their speed drifts.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from numbainfer._version import __version__
 from numbainfer.checkpoint import Weights
-from numbainfer.config import ModelConfig
 from numbainfer.device import Device, cpu_name, peak_memory_bytes
 from numbainfer.errors import NumbaInferError
 from numbainfer.model import Model
 from numbainfer.progress import Progress, silent
-from numbainfer.quantization import AnyMatrix, QuantizedMatrix, choose_group
 from numbainfer.registry import backend, bind
-from numbainfer.specs import parameter_count, parameter_groups
-
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+from numbainfer.specs import parameter_count
 
 
-def _shape(
-    architecture: str, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any
-) -> dict:
-    return {
-        "architectures": [architecture],
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        **more,
-    }
+@dataclass(frozen=True)
+class Test:
+    """What is timed. kind: "pp", a prompt of `count` tokens, or "tg", `count` tokens of each of `batch` sequences one
+    after the other; after `depth` tokens."""
+
+    __test__ = False  # pytest takes classes of this name for its own
+
+    kind: str
+    count: int
+    depth: int = 0
+    batch: int = 1
+
+    def __str__(self) -> str:
+        depth = f"@d{self.depth}" if self.depth else ""
+        return f"{self.kind}{self.count}{depth}" + (f"@b{self.batch}" if self.batch > 1 else "")
+
+    @classmethod
+    def parse(cls, name: str) -> Test:
+        """From what str() gives."""
+        match = re.fullmatch(r"(pp|tg)(\d+)(?:@d(\d+))?(?:@b(\d+))?", name)
+        if match is None:
+            raise NumbaInferError(f"{name!r} is not the name of a test, as pp512 or tg128@d4096@b8 are")
+        return cls(match[1], int(match[2]), int(match[3] or 0), int(match[4] or 1))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it processes."""
+        return self.count * self.batch
 
 
-# Real models' shapes, from their config.json files.
-RANDOM = {
-    "smollm2-135m": _shape("LlamaForCausalLM", 49152, 576, 1536, 30, 9, 3, rope_theta=1e5),
-    "qwen2.5-0.5b": _shape("Qwen2ForCausalLM", 151936, 896, 4864, 24, 14, 2, rope_theta=1e6),
-    "qwen3-0.6b": _shape("Qwen3ForCausalLM", 151936, 1024, 3072, 28, 16, 8, head_dim=128, rope_theta=1e6),
-    "llama-3.2-1b": _shape(
-        "LlamaForCausalLM", 128256, 2048, 8192, 16, 32, 8, head_dim=64, rope_theta=5e5, rope_scaling=_LLAMA3_ROPE
-    ),
-    "llama-3.1-8b": _shape(
-        "LlamaForCausalLM",
-        *(128256, 4096, 14336, 32, 32, 8),
-        rope_theta=5e5,
-        rope_scaling={**_LLAMA3_ROPE, "factor": 8.0},
-        tie_word_embeddings=False,
-    ),
-}
-
-
-class RandomWeights:
-    """Int8 weights of a real shape and random values, made in memory (checkpoint.Weights)."""
-
-    def __init__(self, architecture: str, group_size: int = 64) -> None:
-        if architecture not in RANDOM:
-            raise NumbaInferError(f"--random {architecture}: known are {', '.join(RANDOM)}")
-        self.name = f"random {architecture}"
-        self.config = ModelConfig.from_dict(RANDOM[architecture], architecture)
-        self.nbytes = 0
-        self._group_size = group_size
-        self._rows = {p.name: p.shape for group in parameter_groups(self.config) for p in group}
-        # One block of random values, repeated: drawing 8 billion would take minutes and time the same.
-        self._values = np.random.default_rng(0).integers(-127, 128, 1 << 24, dtype=np.int8)
-
-    def matrix(self, names: Sequence[str]) -> AnyMatrix:
-        """See checkpoint.Weights. Scaled so that a product keeps its input's size."""
-        rows, width = sum(self._rows[n][0] for n in names), self._rows[names[0]][1]
-        group = choose_group(width, self._group_size)
-        assert group is not None
-        codes = np.resize(self._values, rows * width).reshape(rows, width)
-        scale = 1 / (73 * width**0.5)  # 73: the standard deviation of the codes
-        matrix = QuantizedMatrix(codes, np.full((rows, width // group), scale, np.float16), group)
-        self.nbytes += matrix.nbytes
-        return matrix
-
-    def vector(self, names: Sequence[str]) -> np.ndarray:
-        """See checkpoint.Weights."""
-        length = sum(self._rows[n][0] for n in names)
-        vector = np.full(length, 0.0 if names[0].endswith("bias") else 1.0, np.float32)
-        self.nbytes += vector.nbytes
-        return vector
-
-
-def bench(
-    open_weights: Callable[[], Weights],
-    device: Device,
-    *,
-    prompts: Sequence[int],
-    generates: Sequence[int],
-    depths: Sequence[int] = (0,),
-    repetitions: int = 5,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """A row per test, with the keys that `bench -o json` prints."""
-    report = progress or silent
-    start = time.perf_counter()
-    ops = bind(device, threads)
-    weights = open_weights()
-    needed = max(depths) + max([*prompts, *generates])
-    if needed > weights.config.max_positions:
-        raise NumbaInferError(f"{needed} tokens exceed this model's context of {weights.config.max_positions}")
-    model = Model(ops, weights, needed)
-    load_seconds = time.perf_counter() - start
-    # By depth, which has to be fed only once.
-    kinds = (("pp", prompts), ("tg", generates))
-    tests = [(kind, n, depth) for depth in depths for kind, counts in kinds for n in counts if n]
-    feeder = Feeder(model)
-    report("compiling and warming up", 0, None)
-    for kind, count, depth in tests:  # also captures a program for each size
-        _timed(feeder, kind, count if kind == "pp" else 1, depth)
-    peak = peak_memory_bytes()  # before the probe's buffer, which is no part of the model
-    probe = backend(device.kind).BandwidthProbe(ops.stream)
-
-    rows = []
-    for done, (kind, count, depth) in enumerate(tests):
-        name = f"{kind}{count}" + (f"@d{depth}" if depth else "")
-        report(name, done, len(tests))
-        feeder.reset(depth)
-        seconds, ceilings = [], []
-        for _ in range(repetitions):
-            ceilings.append(probe.measure())
-            seconds.append(_timed(feeder, kind, count, depth))
-        rates = [count / s for s in seconds]
-        rate, ceiling = statistics.median(rates), statistics.median(ceilings)
-        moved = bytes_moved(model, kind, count, depth) / statistics.median(seconds)
-        rows.append(
-            {
-                "model": weights.name,
-                "architecture": weights.config.architecture,
-                "params": parameter_count(weights.config),
-                "weight_bytes": weights.nbytes,
-                "device": str(device),
-                "device_name": cpu_name(),
-                "threads": ops.stream.threads,
-                "test": name,
-                "repetitions": repetitions,
-                "tokens_per_second": rate,
-                "stddev": statistics.stdev(rates) if repetitions > 1 else 0.0,
-                "ms_per_token": 1000 / rate,
-                "bytes_per_second": moved,
-                "bandwidth_ceiling": ceiling,
-                "percent_of_ceiling": 100 * moved / ceiling,
-                "load_seconds": load_seconds,
-                "compile_seconds": ops.stream.compile_seconds,
-                "peak_memory_bytes": peak,
-                "version": __version__,
-            }
+def plan(
+    prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int] = (0,), batches: Sequence[int] = (1,)
+) -> list[Test]:
+    """The tests that the options of `bench` ask for, by depth, which has to be fed only once."""
+    return [
+        test
+        for depth in depths
+        for test in (
+            *(Test("pp", count, depth) for count in prompts if count),
+            *(Test("tg", count, depth, batch) for count in generates if count for batch in batches),
         )
-        report(name, done + 1, len(tests))
-    return rows
+    ]
+
+
+class Bench:
+    """A model on a device, measured test by test. Sized for `tests`; the others that fit can be measured too."""
+
+    def __init__(
+        self,
+        open_weights: Callable[[], Weights],
+        device: Device,
+        tests: Sequence[Test],
+        *,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.tests, self.progress = tests, progress or silent
+        start = time.perf_counter()
+        self.ops = bind(device, threads)
+        self.weights = open_weights()
+        needed = max(test.depth + test.count for test in tests)
+        limit = self.weights.config.max_positions
+        if needed > limit:
+            raise NumbaInferError(f"{needed} tokens exceed this model's context of {limit}")
+        self.model = Model(self.ops, self.weights, needed, sequences=max(test.batch for test in tests))
+        self.feeder = Feeder(self.model)
+        self.load_seconds = time.perf_counter() - start
+        self._probe: Any = None
+
+    def bandwidth(self) -> float:
+        """Bytes per second of reading memory, now."""
+        if self._probe is None:
+            self._probe = backend(self.ops.device.kind).BandwidthProbe(self.ops.stream)
+        return self._probe.measure()
+
+    def run(self, repetitions: int) -> list[dict[str, Any]]:
+        """A row per test, with the keys that `bench -o json` prints."""
+        for done, test in enumerate(self.tests):  # compiles, and captures a program for each size
+            self.progress("compiling and warming up", done, len(self.tests))
+            self._seconds(test if test.kind == "pp" else Test("tg", 1, test.depth, test.batch))
+        peak = peak_memory_bytes()  # before the probe's buffer, which is no part of the model
+        rows = []
+        for done, test in enumerate(self.tests):
+            self.progress(str(test), done, len(self.tests))
+            self.feeder.reset(test.depth, test.batch)
+            seconds, ceilings = [], []
+            for _ in range(repetitions):
+                ceilings.append(self.bandwidth())
+                seconds.append(self._seconds(test))
+            rows.append(self._row(test, seconds, statistics.median(ceilings), peak))
+            self.progress(str(test), done + 1, len(self.tests))
+        return rows
+
+    def _seconds(self, test: Test) -> float:
+        """Seconds that a test's tokens took, greedy sampling included."""
+        self.feeder.reset(test.depth, test.batch)
+        start = time.perf_counter()
+        if test.kind == "pp":
+            self.feeder.feed(test.count).argmax(axis=-1)
+        else:
+            for _ in range(test.count):
+                self.feeder.step(test.batch).argmax(axis=-1)
+        return time.perf_counter() - start
+
+    def _row(self, test: Test, seconds: list[float], ceiling: float, peak: int) -> dict[str, Any]:
+        weights = self.weights
+        rates = [test.tokens / s for s in seconds]
+        rate = statistics.median(rates)
+        moved = bytes_moved(self.model, test.kind, test.count, test.depth, test.batch) / statistics.median(seconds)
+        return {
+            "model": weights.name,
+            "architecture": weights.config.architecture,
+            "params": parameter_count(weights.config),
+            "weight_bytes": weights.nbytes,
+            "device": str(self.ops.device),
+            "device_name": cpu_name(),
+            "threads": self.ops.stream.threads,
+            "test": str(test),
+            "repetitions": len(seconds),
+            "tokens_per_second": rate,
+            "stddev": statistics.stdev(rates) if len(rates) > 1 else 0.0,
+            "ms_per_token": 1000 / rate,
+            "bytes_per_second": moved,
+            "bandwidth_ceiling": ceiling,
+            "percent_of_ceiling": 100 * moved / ceiling,
+            "load_seconds": self.load_seconds,
+            "compile_seconds": self.ops.stream.compile_seconds,
+            "peak_memory_bytes": peak,
+            "version": __version__,
+        }
 
 
 class Feeder:
@@ -178,19 +163,20 @@ class Feeder:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._sequence = model.cache.add_sequence()
+        self._sequences = [model.cache.add_sequence() for _ in range(len(model.cache.page_table))]
         self._random = np.random.default_rng(0)
 
-    def reset(self, depth: int) -> None:
-        """Leaves `depth` tokens in the cache."""
-        self._model.cache.truncate(self._sequence, depth)
-        if len(self._sequence) < depth:
-            self.feed(depth - len(self._sequence))
+    def reset(self, depth: int, batch: int = 1) -> None:
+        """Leaves `depth` tokens in the cache, in each of the first `batch` sequences."""
+        for i, sequence in enumerate(self._sequences[:batch]):
+            self._model.cache.truncate(sequence, depth)
+            if len(sequence) < depth:
+                self.feed(depth - len(sequence), i)
 
-    def feed(self, count: int) -> np.ndarray | None:
-        """Appends `count` random tokens in chunks; the last one's logits."""
-        model, sequence = self._model, self._sequence
-        tokens = self._random.integers(0, model.config.vocab_size, count).tolist()
+    def feed(self, count: int, index: int = 0) -> np.ndarray:
+        """Appends `count` >= 1 random tokens to one sequence in chunks; the last one's logits [1, vocabulary]."""
+        model, sequence = self._model, self._sequences[index]
+        tokens = self._tokens(count)
         logits = None
         for start in range(0, count, model.chunk):
             part = tokens[start : start + model.chunk]
@@ -198,25 +184,27 @@ class Feeder:
             model.cache.append(sequence, part)
             positions = np.arange(first, first + len(part), dtype=np.int32)
             logits = model.step(part, positions, sequence.row, "last" if start + len(part) == count else "none")
+        assert logits is not None
         return logits
 
+    def step(self, batch: int = 1) -> np.ndarray:
+        """Appends a random token to each of the first `batch` sequences; their logits [batch, vocabulary]."""
+        sequences, tokens = self._sequences[:batch], self._tokens(batch)
+        positions = [len(sequence) for sequence in sequences]
+        for sequence, token in zip(sequences, tokens, strict=True):
+            self._model.cache.append(sequence, [token])
+        logits = self._model.step(tokens, positions, [s.row for s in sequences], "all" if batch > 1 else "last")
+        assert logits is not None
+        return logits
 
-def _timed(feeder: Feeder, kind: str, count: int, depth: int) -> float:
-    """Seconds that a test's tokens took, greedy sampling included."""
-    feeder.reset(depth)
-    steps = [count] if kind == "pp" else [1] * count
-    start = time.perf_counter()
-    for tokens in steps:
-        logits = feeder.feed(tokens)
-        if logits is not None:
-            np.argmax(logits)
-    return time.perf_counter() - start
+    def _tokens(self, count: int) -> list[int]:
+        return self._random.integers(0, self._model.config.vocab_size, count).tolist()
 
 
-def bytes_moved(model: Model, kind: str, count: int, depth: int) -> float:
+def bytes_moved(model: Model, kind: str, count: int, depth: int, batch: int = 1) -> float:
     """Bytes of weights and of KV cache that a test has to read."""
     matrices = sum(m.nbytes for layer in model.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down))
     ends = range(1, count + 1) if kind == "tg" else [*range(model.chunk, count, model.chunk), count]  # of its steps
     kv = 2 * model.cache.k_pages[0].itemsize * model.config.kv_heads * model.config.head_dim * model.config.layers
     heads = 1 if kind == "pp" else count
-    return matrices * len(ends) + model.head.nbytes * heads + kv * sum(depth + end for end in ends)
+    return matrices * len(ends) + model.head.nbytes * heads + kv * batch * sum(depth + end for end in ends)

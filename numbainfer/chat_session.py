@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from numbainfer import chat
-from numbainfer.console import note
+from numbainfer.console import note, warn
 from numbainfer.engine import Generation
 from numbainfer.errors import NumbaInferError
 from numbainfer.loading import LoadedModel
@@ -147,7 +147,7 @@ def _turn(session: Session, text: str, show_statistics: bool) -> None:
         if session.templated:
             session.conversation.undo()
         hint = "; /reset forgets the conversation" if len(session.conversation) else ""
-        note(f"error: {error}{hint}")
+        warn(f"error: {error}{hint}")
         return
     print(flush=True)
     if session.templated:

@@ -6,19 +6,50 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TextIO
 
-from numbainfer.progress import Progress
+from numbainfer.progress import Progress, silent
+
+QUIET, NORMAL, VERBOSE = -1, 0, 1
+verbosity = NORMAL
+"""How much of what is no result and no error is shown; the options --quiet and --verbose set it."""
+
+_CODES = {"red": "31", "yellow": "33", "green": "32", "dim": "2", "bold": "1"}
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
+    """One line on stderr, unless --quiet."""
+    if verbosity >= NORMAL:
+        warn(text)
+
+
+def detail(text: str) -> None:
+    """One line on stderr with --verbose."""
+    if verbosity >= VERBOSE:
+        warn(paint(text, "dim", sys.stderr))
+
+
+def warn(text: str) -> None:
+    """One line on stderr, always."""
     print(text, file=sys.stderr, flush=True)
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Whether to write colours: to terminals that have them, unless NO_COLOR is set (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, style: str, stream: TextIO) -> str:
+    """The text in a colour ("red", "yellow", "green") or "dim" or "bold", where the stream shows it."""
+    return f"\033[{_CODES[style]}m{text}\033[0m" if has_colours(stream) else text
 
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """A progress callback (description, done, total): bars on a terminal, else one line as each task begins."""
+    """A progress callback: bars on a terminal, else one line as each task begins; nothing with --quiet."""
+    if verbosity < NORMAL:
+        yield silent
+        return
     if not sys.stderr.isatty():
         seen: set[str] = set()
 

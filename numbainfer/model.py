@@ -59,7 +59,7 @@ class Model:
     ) -> None:
         self.ops = ops
         self.config = config = weights.config
-        self.chunk = min(chunk, ctx_size)
+        self.chunk = min(chunk, max(ctx_size, sequences))  # a token of each sequence fits too
         self.eager = eager
         self.layers = list(_layers(weights))
         self.embedding = weights.matrix(["model.embed_tokens.weight"])

@@ -16,11 +16,12 @@ from building import DATA
 from command import ENDLESS, GREEDY, STORIES, Result, numbainfer, succeed, write_chat_model, write_gguf, write_model
 
 from numbainfer import NumbaInferError, __version__, loading
-from numbainfer.bench import RANDOM
+from numbainfer.bench import Test
 from numbainfer.cli import commands
 from numbainfer.cli.bench import ARCHITECTURES
 from numbainfer.engine import Engine
 from numbainfer.loading import context_size, load, names_a_model
+from numbainfer.random_weights import RANDOM
 from numbainfer.safetensors_file import SafetensorsFile
 
 STORY_TEXT = DATA / "story_text.txt"
@@ -440,6 +441,28 @@ def test_bench_one_token_after_a_depth(models: dict[str, Path]) -> None:
     assert [row["test"] for row in rows] == ["tg1@d8"]
 
 
+def test_bench_of_several_sequences_together(models: dict[str, Path]) -> None:
+    """Tokens of all sequences count; the weights are read once for all of them, the cache once for each."""
+    options = ("-p", 0, "-n", 6, "-d", 0, "-d", 100, "-b", 1, "-b", 8, "-r", 1)
+    rows = succeed("bench", models["converted"], *options, "-o", "json").json
+    assert [row["test"] for row in rows] == ["tg6", "tg6@b8", "tg6@d100", "tg6@d100@b8"]
+    for row in rows:
+        check_row(row)
+    moved = [row["bytes_per_second"] / row["tokens_per_second"] * 6 * Test.parse(row["test"]).batch for row in rows]
+    kv = 2 * 2 * 2 * 32 * 2  # bytes of a position: keys and values, layers, heads, head_dim, float16
+    assert moved[1] - moved[0] == pytest.approx(7 * 21 * kv)  # 1 + 2 + ... + 6 positions
+    assert moved[3] - moved[2] == pytest.approx(7 * (21 + 600) * kv)
+
+
+def test_names_of_tests() -> None:
+    for test in (Test("pp", 512), Test("tg", 128, 4096), Test("tg", 1, 0, 8), Test("tg", 128, 4096, 16)):
+        assert Test.parse(str(test)) == test
+    assert str(Test("tg", 128, 4096, 8)) == "tg128@d4096@b8"
+    for name in ("pp", "tg128@b", "tg128@b8@d4", "xx3", "tg128 "):
+        with pytest.raises(NumbaInferError, match="is not the name of a test"):
+            Test.parse(name)
+
+
 def test_bench_for_people_and_spreadsheets(models: dict[str, Path]) -> None:
     def bench(output: str) -> str:
         return succeed("bench", models["converted"], "-p", 8, "-n", 4, "-r", 1, "-o", output).out
@@ -540,4 +563,4 @@ def test_no_command_shows_the_help() -> None:
     result = numbainfer()
     assert (result.code, result.out) == (2, "")
     assert "Usage: numbainfer" in result.err
-    assert "error" not in result.err
+    assert not re.search("^error", result.err, re.MULTILINE)

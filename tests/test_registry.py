@@ -127,6 +127,7 @@ FLOORS = [
         "info",
         "bench",
         "bench_output",
+        "random_weights",
         "chat_session",
         "perplexity",
         "cli",

@@ -16,7 +16,9 @@ from types import FrameType
 
 import click
 
+from numbainfer.cli import completion
 from numbainfer.cli.group import commands
+from numbainfer.console import paint
 from numbainfer.errors import NumbaInferError
 
 
@@ -24,6 +26,8 @@ def main() -> None:
     """Entry point of the `numbainfer` command."""
     debug = "--debug" in sys.argv
     _prepare_streams()
+    if completion.VARIABLE in os.environ:
+        sys.exit(completion.answer(commands))
     try:
         with _signals_that_unwind():
             code = _run(sys.argv[1:])
@@ -114,5 +118,5 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    print(paint("error:", "red", sys.stderr), " ".join(message.split()), file=sys.stderr, flush=True)
     return code

@@ -6,36 +6,36 @@ from pathlib import Path
 
 import click
 
-from numbainfer.cli.options import debug_option, not_empty, tokenizer_option
+from numbainfer.cli.options import argument, command, general_options, not_empty, option, tokenizer_option
 
 
-@click.command()
-@click.argument("source", callback=not_empty)
-@click.argument("out", callback=not_empty)
-@click.option(
+@command(
+    "Write a model as int8 (or float16, bfloat16, float32), once.",
+    examples="""
+numbainfer convert ./Qwen2.5-0.5B qwen
+numbainfer convert stories15M.bin stories --dtype float32 --tokenizer tokenizer.bin
+""",
+)
+@argument("source", callback=not_empty)
+@argument("out", callback=not_empty)
+@option(
     "--dtype",
     type=click.Choice(["int8", "float16", "bfloat16", "float32"]),
     default="int8",
     show_default=True,
     help="What matrices become.",
 )
-@click.option(
+@option(
     "--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True, help="Values per scale."
 )
-@click.option("--force", is_flag=True, help="Replace OUT if it is a converted model.")
+@option("--force", is_flag=True, help="Replace OUT if it is a converted model.")
 @tokenizer_option
-@debug_option
-def convert(
-    source: str, out: str, dtype: str, group_size: str, force: bool, tokenizer: str | None, debug: bool
-) -> None:
+@general_options
+def convert(source: str, out: str, dtype: str, group_size: str, force: bool, tokenizer: str | None) -> None:
     """Convert SOURCE to numbainfer's format in the new directory OUT.
 
     SOURCE is a Hugging Face checkpoint directory (safetensors), a .gguf or a llama2.c .bin. OUT appears when all of it
     is on the disk; an interrupted conversion leaves nothing there.
-
-    \b
-    numbainfer convert ./Qwen2.5-0.5B qwen
-    numbainfer convert stories15M.bin stories --dtype float32 --tokenizer tokenizer.bin
     """
     from numbainfer.console import announce_compilation, note, progress_bars, size
     from numbainfer.converters import convert as converter

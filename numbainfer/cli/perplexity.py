@@ -8,22 +8,38 @@ from typing import TYPE_CHECKING
 
 import click
 
-from numbainfer.cli.options import debug_option, device_option, not_empty, read_stdin, threads_option, tokenizer_option
+from numbainfer.cli.options import (
+    argument,
+    command,
+    device_option,
+    general_options,
+    not_empty,
+    option,
+    read_stdin,
+    threads_option,
+    tokenizer_option,
+)
 from numbainfer.errors import NumbaInferError
 
 if TYPE_CHECKING:
     from numbainfer.device import Device
 
 
-@click.command()
-@click.argument("model", callback=not_empty)
-@click.argument("file", callback=not_empty)
-@click.option("--ctx-size", type=click.IntRange(4), default=512, show_default=True, help="Tokens of a chunk.")
-@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@command(
+    "Measure how well a model predicts a text.",
+    examples="""
+numbainfer perplexity ./qwen text.txt
+numbainfer perplexity ./qwen text.txt --ctx-size 2048 -o json
+""",
+)
+@argument("model", callback=not_empty)
+@argument("file", callback=not_empty)
+@option("--ctx-size", type=click.IntRange(4), metavar="N", default=512, show_default=True, help="Tokens of a chunk.")
+@option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @device_option
 @threads_option
 @tokenizer_option
-@debug_option
+@general_options
 def perplexity(
     model: str,
     file: str,
@@ -32,14 +48,8 @@ def perplexity(
     device: Device,
     threads: int | None,
     tokenizer: str | None,
-    debug: bool,
 ) -> None:
-    """Measure how well MODEL predicts the text in FILE ("-": stdin), as llama.cpp defines it.
-
-    \b
-    numbainfer perplexity ./qwen text.txt
-    numbainfer perplexity ./qwen text.txt --ctx-size 2048 -o json
-    """
+    """Measure how well MODEL predicts the text in FILE ("-": stdin), as llama.cpp defines it."""
     from numbainfer.bench_output import print_facts
     from numbainfer.console import announce_compilation, progress_bars
     from numbainfer.loading import load

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from numbainfer.cli.options import (
+    argument,
+    command,
     ctx_size_option,
-    debug_option,
     device_option,
+    general_options,
+    option,
     read_stdin,
     threads_option,
     tokenizer_option,
@@ -21,27 +24,72 @@ if TYPE_CHECKING:
     from numbainfer.device import Device
 
 
-@click.command()
-@click.argument("model", required=False)
+@command(
+    "Generate text, answer a prompt, or chat.",
+    examples="""
+numbainfer run "Once upon a time" --temperature 0.8
+numbainfer run model.gguf "Why is the sky blue?" -n 200
+cat question.txt | numbainfer run ./model -
+numbainfer run ./model -i
+""",
+)
+@argument("model", required=False)
 @click.argument("prompt", required=False)
 @device_option
-@click.option("-n", "--max-tokens", type=click.IntRange(0), default=512, show_default=True, help="New tokens at most.")
-@click.option("--temperature", type=click.FloatRange(0), help="0: always the most likely token [default: 0.7].")
-@click.option("--top-k", type=click.IntRange(0), help="Only the k most likely tokens; 0: all [default: 40].")
-@click.option("--top-p", type=float, help="The most likely that together reach this [default: 0.95].")
-@click.option("--min-p", type=float, help="At least this times the most likely one's probability [default: 0].")
-@click.option("--repetition-penalty", type=float, help="Above 1: tokens that were there get less likely [default: 1].")
-@click.option("--seed", type=click.IntRange(0), help="Same seed, same text.")
-@click.option("--system", metavar="TEXT", help="The system message of a chat model.")
-@click.option("--stop", multiple=True, metavar="STR", help="Text that ends the reply (repeatable).")
+@option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(0),
+    metavar="N",
+    default=512,
+    show_default=True,
+    help="New tokens at most.",
+)
+@option(
+    "--temperature",
+    type=click.FloatRange(0),
+    metavar="X",
+    help="0: always the most likely token [default: 0.7].",
+    section="Sampling",
+)
+@option(
+    "--top-k",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Only the k most likely tokens; 0: all [default: 40].",
+    section="Sampling",
+)
+@option(
+    "--top-p",
+    type=float,
+    metavar="X",
+    help="The most likely that together reach this [default: 0.95].",
+    section="Sampling",
+)
+@option(
+    "--min-p",
+    type=float,
+    metavar="X",
+    help="At least this times the most likely one's probability [default: 0].",
+    section="Sampling",
+)
+@option(
+    "--repetition-penalty",
+    type=float,
+    metavar="X",
+    help="Above 1: tokens that were there get less likely [default: 1].",
+)
+@option("--seed", type=click.IntRange(0), metavar="N", help="Same seed, same text.", section="Sampling")
+@option("--system", metavar="TEXT", help="The system message of a chat model.")
+@option("--stop", multiple=True, metavar="STR", help="Text that ends the reply (repeatable).")
 @threads_option
 @ctx_size_option
 @tokenizer_option
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is: no chat template.")
-@click.option("-i", "--interactive", is_flag=True, help="Chat over several turns; /reset forgets, /exit ends.")
-@click.option("--stats/--no-stats", default=True, show_default=True, help="Speeds on stderr at the end.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@debug_option
+@option("--raw", is_flag=True, help="Continue the prompt as it is: no chat template.")
+@option("-i", "--interactive", is_flag=True, help="Chat over several turns; /reset forgets, /exit ends.")
+@option("--stats/--no-stats", default=True, show_default=True, help="Speeds on stderr at the end.")
+@option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@general_options
 def run(
     model: str | None,
     prompt: str | None,
@@ -55,7 +103,6 @@ def run(
     interactive: bool,
     stats: bool,
     as_json: bool,
-    debug: bool,
     stop: tuple[str, ...],
     **sampling: Any,
 ) -> None:
@@ -63,12 +110,6 @@ def run(
 
     MODEL is a converted directory, a Hugging Face checkpoint directory, a .gguf or a llama2.c .bin; without one, the
     demo model SmolLM2-135M-Instruct, fetched once. PROMPT "-", or none with a pipe on stdin, is read from stdin.
-
-    \b
-    numbainfer run "Once upon a time" --temperature 0.8
-    numbainfer run model.gguf "Why is the sky blue?" -n 200
-    cat question.txt | numbainfer run ./model -
-    numbainfer run ./model -i
     """
     from numbainfer.chat_session import Session, chat_loop, reply
     from numbainfer.console import announce_compilation, progress_bars
