@@ -165,6 +165,56 @@ def top_k(stream: Any, x: Any, values: Any, indices: Any) -> None:
     """
 
 
+# --- mixtures of experts ---------------------------------------------------------------------------------------
+# E experts, k of them chosen for each token. The T * k choices are worked on in the order of their experts: place i
+# holds one choice, and the places of expert e are starts[e] to starts[e + 1]. Which expert a token goes to stands in
+# arrays that kernels read, so a captured program serves every token.
+
+
+@operator
+def route(stream: Any, logits: Any, renormalise: int, experts: Any, weights: Any) -> None:
+    """Each token's k experts: the largest of softmax(logits), the lower index first among equals (Shazeer et al. 2017,
+    section 2.1, without the noise).
+
+    logits [T, E]; experts [T, k] int32; weights [T, k]: their probabilities, with `renormalise` divided by their sum.
+    """
+
+
+@operator
+def group_by_expert(stream: Any, experts: Any, starts: Any, tokens: Any, places: Any) -> None:
+    """Sorts choices by expert, and within an expert by token.
+
+    experts [T, k] int32, all from 0 to E - 1. Written, all int32: starts [E + 1], from 0 to T * k; tokens [T * k]: the
+    token of each place; places [T, k]: where each choice went.
+    """
+
+
+@operator
+def linear_experts(stream: Any, x: Any, weight: Any, starts: Any, tokens: Any, out: Any) -> None:
+    """linear for places: out[i] = x[row] @ weight[e].T for every place i, e being its expert.
+
+    weight Matrix or QuantizedMatrix [E * N, D]: the experts' matrices, one below the other; x float32 or QuantizedRows
+    as linear takes them. tokens [places] int32: x is [T, D] and row = tokens[i]; None: x is [places, D] and row = i.
+    starts [E + 1] int32; out [places, N]. Only the matrices of experts that have a place are read.
+    """
+
+
+@operator
+def combine(
+    stream: Any, values: Any, places: Any, weights: Any, shared: Any, gate: Any, residual: Any, out: Any
+) -> None:
+    """What the experts found, added up: out[t] = residual[t] + sum over j of weights[t, j] * values[places[t, j]], and
+    where there is a shared expert + sigmoid(gate[t]) * shared[t].
+
+    values [T * k, D]; places [T, k] int32; weights [T, k]; shared [T, D] and gate [T, 1], or both None; residual and
+    out [T, D]; out may be residual.
+    """
+
+
+MIXTURE = ("route", "group_by_expert", "linear_experts", "combine")
+"""A backend may lack these: it then runs all models but mixtures of experts."""
+
+
 # Each backend package also defines what a device needs besides operators:
 #   open_stream(device, threads) -> a stream: .threads, .capture() -> a program with .run()
 #   open_allocator(device) -> a memory.Allocator
@@ -186,7 +236,7 @@ class Operators(SimpleNamespace):
 def backend(kind: str) -> ModuleType:
     """The package that implements the operators for a kind of device ("cpu", "cuda")."""
     module = importlib.import_module(_BACKENDS[kind])
-    missing = [name for name in CONTRACTS if not hasattr(module, name)]
+    missing = [name for name in CONTRACTS if not hasattr(module, name) and name not in MIXTURE]
     if missing:
         raise NumbaInferError(f"{kind} does not run in this version of numbainfer; use --device cpu")
     return module
@@ -196,9 +246,18 @@ def bind(device: Device, threads: int | None = None) -> Operators:
     """The operators of a device, resolved once. `threads`: CPU threads, None for one per physical core."""
     module = backend(device.kind)
     stream = module.open_stream(device, threads)
-    bound = {name: partial(getattr(module, name), stream) for name in CONTRACTS}
+    bound = {name: partial(getattr(module, name, None) or _refusal(device), stream) for name in CONTRACTS}
     pool = MemoryPool(module.open_allocator(device))
     return Operators(stream=stream, pool=pool, device=device, **bound)
+
+
+def _refusal(device: Device) -> Callable:
+    """What stands for an operator of MIXTURE that a backend lacks."""
+
+    def refuse(*arguments: Any) -> None:
+        raise NumbaInferError(f"{device} does not run mixtures of experts in this version; use --device cpu")
+
+    return refuse
 
 
 def parameters(function: Callable) -> list[str]:

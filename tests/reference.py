@@ -180,6 +180,35 @@ def top_k(x: ArrayLike, k: int) -> tuple[Float, NDArray[np.int64]]:
     return np.take_along_axis(x, order, axis=-1), order
 
 
+def route(logits: ArrayLike, k: int, renormalise: bool) -> tuple[NDArray[np.int64], Float]:
+    """Each token's k most probable experts, of equals the lower first, and their probabilities, with `renormalise`
+    divided by their sum. logits [T, E] -> [T, k], [T, k].
+
+    Shazeer et al. 2017, "Outrageously Large Neural Networks", section 2.1, without the noise.
+    """
+    weights, experts = top_k(softmax(logits), k)
+    return experts, weights / weights.sum(axis=-1, keepdims=True) if renormalise else weights
+
+
+def mixture(x: ArrayLike, experts: NDArray[np.int64], weights: ArrayLike, gate_up: ArrayLike, down: ArrayLike) -> Float:
+    """sum over j of weights[t, j] * E(x[t]), E the SwiGLU MLP of expert experts[t, j].
+
+    x [T, D]; experts, weights [T, k]; gate_up [E, 2 F, D], gate first; down [E, D, F] -> [T, D].
+    """
+    x, weights, gate_up, down = _f64(x), _f64(weights), _f64(gate_up), _f64(down)
+    out = np.zeros_like(x)
+    for t, chosen in enumerate(experts):
+        for e, weight in zip(chosen, weights[t], strict=True):
+            gate, up = np.split(gate_up[e] @ x[t], 2)
+            out[t] += weight * (down[e] @ swiglu(gate, up))
+    return out
+
+
+def sigmoid(x: ArrayLike) -> Float:
+    """1 / (1 + exp(-x))."""
+    return 1.0 / (1.0 + np.exp(-_f64(x)))
+
+
 def decoder(config: Mapping[str, Any], weights: Mapping[str, ArrayLike], ids: ArrayLike) -> Float:
     """Logits of a whole LLaMA, Qwen2 or Qwen3 model over one sequence, from tiny_models' config and tensors.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from numbainfer.cpu.attention import attention
 from numbainfer.cpu.bandwidth import BandwidthProbe
 from numbainfer.cpu.elementwise import add, embedding, rmsnorm, softmax, swiglu
+from numbainfer.cpu.experts import combine, group_by_expert, linear_experts, route
 from numbainfer.cpu.launch import Stream
 from numbainfer.cpu.linear_float import linear
 from numbainfer.cpu.quantize import quantize, quantize_matrix
@@ -19,8 +20,11 @@ __all__ = [
     "add",
     "argmax",
     "attention",
+    "combine",
     "embedding",
+    "group_by_expert",
     "linear",
+    "linear_experts",
     "open_allocator",
     "open_stream",
     "quantize",
@@ -28,6 +32,7 @@ __all__ = [
     "rmsnorm",
     "rope",
     "rope_and_store",
+    "route",
     "softmax",
     "swiglu",
     "top_k",

@@ -170,9 +170,9 @@ def add(stream: Stream, x: np.ndarray, y: np.ndarray, out: np.ndarray) -> None:
     stream.launch(_add, x.shape[0], x, y, x.shape[1], out)
 
 
-@kernel
-def _softmax(task, worker, x, width, out):
-    x, out = advance(x, task * width), advance(out, task * width)
+@njit
+def softmax_row(x, width, out):
+    """softmax of one row of `width` values; out may be x."""
     whole = width // 16 * 16
     largest = float32(-np.inf)
     if whole:
@@ -197,6 +197,11 @@ def _softmax(task, worker, x, width, out):
         store(out, i, load(out, i) * splat(inverse))
     for i in range(whole, width):
         out[i] = out[i] * inverse
+
+
+@kernel
+def _softmax(task, worker, x, width, out):
+    softmax_row(advance(x, task * width), width, advance(out, task * width))
 
 
 def softmax(stream: Stream, x: np.ndarray, out: np.ndarray) -> None:

@@ -17,6 +17,8 @@ spread at 8,192 columns, against 1e-6: still far below what quantization does).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy import float32, int32
@@ -68,8 +70,8 @@ AHEAD = 8192  # bytes of prefetch distance
 ROW_FORM_TOKENS = 4
 
 
-def _make_row_kernels(group: int, planes: int) -> tuple[Kernel, Kernel]:
-    """The row form for one token, and for four at a time."""
+def _make_row_kernels(group: int, planes: int) -> tuple[Kernel, Kernel, Any]:
+    """The row form for one token, and for four at a time; and the product of one row with one token."""
 
     @njit
     def start(sums, i, width):
@@ -111,24 +113,29 @@ def _make_row_kernels(group: int, planes: int) -> tuple[Kernel, Kernel]:
         """64 weights from column i on; the last block of a row may have 32."""
         return load_i8(w, i) if width - i >= 64 else load_i8_half(w, i)
 
+    @njit
+    def dot_row(w_row, ws_row, x, low, xs, sums, width, factors):
+        """A row of W times a token; `factors` [16] is for weight scale times activation scale, 16 groups at a time."""
+        groups = width // group
+        acc = splat(float32(0))
+        for first in range(0, groups, 16):
+            if first + 16 <= groups:
+                store(factors, 0, load(ws_row, first) * load(xs, first))
+            else:
+                for g in range(first, groups):
+                    factors[g - first] = get(ws_row, g) * xs[g]
+            for i in range(first * group, min(groups, first + 16) * group, 64):
+                prefetch(w_row, i + AHEAD)
+                factor = scale(factors, i - first * group, width - first * group)
+                acc = fma(block(row_block(w_row, i, width), x, low, sums, i, width), factor, acc)
+        return hsum(acc)
+
     @kernel
     def gemv(task, worker, w, ws, x, low, xs, sums, bias, residual, flags, y, rows, width, per_task):
         groups = width // group
-        factors = local_floats()  # weight scale times activation scale, for 16 groups at a time
+        factors = local_floats()
         for row in range(task * per_task, min(rows, (task + 1) * per_task)):
-            w_row, ws_row = advance(w, row * width), advance(ws, row * groups)
-            acc = splat(float32(0))
-            for first in range(0, groups, 16):
-                if first + 16 <= groups:
-                    store(factors, 0, load(ws_row, first) * load(xs, first))
-                else:
-                    for g in range(first, groups):
-                        factors[g - first] = get(ws_row, g) * xs[g]
-                for i in range(first * group, min(groups, first + 16) * group, 64):
-                    prefetch(w_row, i + AHEAD)
-                    factor = scale(factors, i - first * group, width - first * group)
-                    acc = fma(block(row_block(w_row, i, width), x, low, sums, i, width), factor, acc)
-            value = hsum(acc)
+            value = dot_row(advance(w, row * width), advance(ws, row * groups), x, low, xs, sums, width, factors)
             if flags & 1:
                 value += bias[row]
             if flags & 2:
@@ -165,11 +172,11 @@ def _make_row_kernels(group: int, planes: int) -> tuple[Kernel, Kernel]:
                         value += residual[at]
                     y[at] = value
 
-    return gemv, gemv4
+    return gemv, gemv4, dot_row
 
 
 @njit
-def _pack(w, ws, valid, width, groups, panel, scales):
+def pack_panel(w, ws, valid, width, groups, panel, scales):
     """Rows of W as panel [width / 4][32][4] (with the offset added) and scales [groups][32]; absent rows as zeros."""
     for half in range(0, TILE_ROWS, 16):
         whole = width // 64 * 64 if valid >= half + 16 else 0
@@ -183,7 +190,27 @@ def _pack(w, ws, valid, width, groups, panel, scales):
                 scales[g * TILE_ROWS + r] = get(ws, r * groups + g) if r < valid else float32(0)
 
 
-def _make_panel_kernel(group: int, planes: int) -> Kernel:
+def _make_panel_kernel(group: int, planes: int) -> tuple[Kernel, Any]:
+    """The panel form; and the product of one panel with one tile of tokens."""
+
+    @njit
+    def tile_product(panel, scales, x_tile, low, xs, sums, groups):
+        acc = tile_zero()
+        for g in range(groups):
+            if planes == 2:
+                d = tile_zero_i32()
+                for k in range(g * group, (g + 1) * group, 4):
+                    d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, k), 2 * low)
+                d = tile_next_plane(d, advance(sums, g), groups)
+                for k in range(g * group, (g + 1) * group, 4):
+                    d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, low + k), 2 * low)
+            else:
+                d = tile_start(advance(sums, g), groups)
+                for k in range(g * group, (g + 1) * group, 4):
+                    d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, k), low)
+            acc = tile_add_scaled(acc, d, advance(scales, g * TILE_ROWS), advance(xs, g), groups)
+        return acc
+
     @kernel
     def gemm(task, worker, w, ws, x, low, xs, sums, bias, residual, flags, y, rows, width, tokens, scratch, floats):
         groups = width // group
@@ -192,24 +219,10 @@ def _make_panel_kernel(group: int, planes: int) -> Kernel:
         corner = advance(scratch, worker * floats)  # this worker's: a finished tile, then scales, then the panel
         scales = advance(corner, TILE_TOKENS * TILE_ROWS)
         panel = as_bytes(advance(scales, groups * TILE_ROWS))
-        _pack(advance(w, first * width), advance(ws, first * groups), valid, width, groups, panel, scales)
+        pack_panel(advance(w, first * width), advance(ws, first * groups), valid, width, groups, panel, scales)
         for token in range(0, tokens, TILE_TOKENS):  # rows of x are padded to 8, so a whole tile may be read
-            x_tile, group_at = advance(x, token * planes * low), token * groups
-            acc = tile_zero()
-            for g in range(groups):
-                if planes == 2:
-                    d = tile_zero_i32()
-                    for k in range(g * group, (g + 1) * group, 4):
-                        d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, k), 2 * low)
-                    d = tile_next_plane(d, advance(sums, group_at + g), groups)
-                    for k in range(g * group, (g + 1) * group, 4):
-                        d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, low + k), 2 * low)
-                else:
-                    d = tile_start(advance(sums, group_at + g), groups)
-                    for k in range(g * group, (g + 1) * group, 4):
-                        d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, k), low)
-                acc = tile_add_scaled(acc, d, advance(scales, g * TILE_ROWS), advance(xs, group_at + g), groups)
-            tile_spill(acc, corner)
+            x_tile, at = advance(x, token * planes * low), token * groups
+            tile_spill(tile_product(panel, scales, x_tile, low, advance(xs, at), advance(sums, at), groups), corner)
             for j in range(min(TILE_TOKENS, tokens - token)):
                 at = (token + j) * rows + first
                 for r in range(valid):
@@ -220,11 +233,11 @@ def _make_panel_kernel(group: int, planes: int) -> Kernel:
                         value += residual[at + r]
                     y[at + r] = value
 
-    return gemm
+    return gemm, tile_product
 
 
-_ROW_KERNELS = {(g, planes): _make_row_kernels(g, planes) for g in GROUPS for planes in (1, 2)}
-_PANEL_KERNELS = {(g, planes): _make_panel_kernel(g, planes) for g in GROUPS for planes in (1, 2)}
+ROW_KERNELS = {(g, planes): _make_row_kernels(g, planes) for g in GROUPS for planes in (1, 2)}
+PANEL_KERNELS = {(g, planes): _make_panel_kernel(g, planes) for g in GROUPS for planes in (1, 2)}
 
 
 def linear_int8(
@@ -247,11 +260,11 @@ def linear_int8(
         floats = TILE_TOKENS * TILE_ROWS + (width // group) * TILE_ROWS + width * TILE_ROWS // 4
         scratch = stream.scratch(floats)
         tasks = -(-rows // TILE_ROWS)
-        stream.launch(_PANEL_KERNELS[group, x.planes], tasks, *arrays, tokens, scratch, scratch.shape[1])
+        stream.launch(PANEL_KERNELS[group, x.planes][0], tasks, *arrays, tokens, scratch, scratch.shape[1])
         return
     per_task = rows_per_task(rows, width, stream.threads)
     tasks = -(-rows // per_task)
-    gemv, gemv4 = _ROW_KERNELS[group, x.planes]
+    gemv, gemv4, _ = ROW_KERNELS[group, x.planes]
     if tokens == 1:
         stream.launch(gemv, tasks, *arrays, per_task)
     else:

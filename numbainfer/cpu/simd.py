@@ -235,6 +235,18 @@ def as_bytes(builder: Any, pointer: Any) -> Any:
     return builder.bitcast(pointer, _i8.as_pointer())
 
 
+@_define(types.CPointer(types.float32), types.CPointer(types.int8))
+def as_floats(builder: Any, pointer: Any) -> Any:
+    """The same address, as a pointer to float32."""
+    return builder.bitcast(pointer, _f32.as_pointer())
+
+
+@_define(types.CPointer(types.int32), types.CPointer(types.float32))
+def as_ints(builder: Any, pointer: Any) -> Any:
+    """The same address, as a pointer to int32."""
+    return builder.bitcast(pointer, _i32.as_pointer())
+
+
 @_define(types.void, types.CPointer(F16), types.int64)
 def next_up(builder: Any, pointer: Any, index: Any) -> None:
     """Replaces the positive float16 at pointer[index] by the next larger one: its bits plus one."""
