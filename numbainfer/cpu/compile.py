@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -36,6 +34,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from numbainfer.cpu.simd import BF16, F16
+from numbainfer.kernel_files import write_atomically
 
 # NumPy dtypes as kernels see them; bfloat16, which NumPy lacks, travels as uint16 bits.
 _POINTERS = {
@@ -117,7 +116,7 @@ class Kernel:
         symbol = entry.native_name
         _, _, (code, _) = entry._library.serialize_using_object_code()
         header = json.dumps({"symbol": symbol, "sha256": _checksum(symbol, code)})
-        _write_atomically(self._cache_path(argument_types), header.encode() + b"\n" + code)
+        write_atomically(self._cache_path(argument_types), header.encode() + b"\n" + code)
         return symbol, code
 
 
@@ -230,21 +229,3 @@ def cache_directory() -> Path:
     )
     digest.update(repr(facts).encode())
     return Path(platformdirs.user_cache_dir("numbainfer")) / "kernels" / digest.hexdigest()[:16]
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside and renames: another process sees the whole file or none. A cache that can't be written is
-    no error (a read-only home, a full disk): the kernel is compiled again next time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException as failure:
-        Path(temporary).unlink(missing_ok=True)
-        if not isinstance(failure, OSError):
-            raise
