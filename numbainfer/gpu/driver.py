@@ -69,7 +69,9 @@ def open_gpu(index: int) -> Gpu:
     try:
         status, *_ = driver.cuInit(0)
     except Exception as error:  # cuda.bindings raises RuntimeError where libcuda is not there
-        raise NumbaInferError(f"no NVIDIA driver was found ({_first_line(error)}): install it, or use --device cpu") from None
+        raise NumbaInferError(
+            f"no NVIDIA driver was found ({_first_line(error)}): install it, or use --device cpu"
+        ) from None
     if status != driver.CUresult.CUDA_SUCCESS:
         raise NumbaInferError(f"the NVIDIA driver finds no GPU ({status.name}): use --device cpu")
     version = check(driver.cuDriverGetVersion())
@@ -81,7 +83,9 @@ def open_gpu(index: int) -> Gpu:
         )
     count = check(driver.cuDeviceGetCount())
     if index >= count:
-        raise NumbaInferError(f"cuda:{index} is not there: this machine has {count} GPU{'s' * (count != 1)}, from cuda:0")
+        raise NumbaInferError(
+            f"cuda:{index} is not there: this machine has {count} GPU{'s' * (count != 1)}, from cuda:0"
+        )
     device = check(driver.cuDeviceGet(index))
     kinds = driver.CUdevice_attribute
 

@@ -58,9 +58,7 @@ def embedding(stream: Stream, tokens: DeviceArray, table: Matrix | QuantizedMatr
         arrays = (tokens, table.codes, table.scales, vocabulary, width, table.group, out)
         stream.launch(_embedding_int8, tokens.shape[0], *arrays)
     else:
-        stream.launch(
-            _embedding(str(table.data.dtype)), tokens.shape[0], tokens, table.data, vocabulary, width, out
-        )
+        stream.launch(_embedding(str(table.data.dtype)), tokens.shape[0], tokens, table.data, vocabulary, width, out)
 
 
 # --- norm, activation, sum ---------------------------------------------------------------------------------------

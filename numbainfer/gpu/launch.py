@@ -151,7 +151,9 @@ class Stream:
         have = self._scratch.get(name)
         if have is None or have.nbytes < wanted:
             block = Block(max(wanted, 256))
-            have = self._scratch[name] = DeviceArray(block, block.pointer, (block.nbytes,), np.dtype(np.uint8), self.copier)
+            have = self._scratch[name] = DeviceArray(
+                block, block.pointer, (block.nbytes,), np.dtype(np.uint8), self.copier
+            )
         return DeviceArray(have.block, have.pointer, shape, dtype, self.copier)
 
     def counters(self, count: int) -> DeviceArray:

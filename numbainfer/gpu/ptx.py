@@ -19,7 +19,13 @@ from numba.cuda.extending import intrinsic
 i32, i64, u16, f32 = types.int32, types.int64, types.uint16, types.float32
 
 _CONSTRAINTS = {i32: "r", i64: "l", u16: "h", f32: "f", types.uint32: "r"}
-_LLVM = {i32: ir.IntType(32), i64: ir.IntType(64), u16: ir.IntType(16), f32: ir.FloatType(), types.uint32: ir.IntType(32)}
+_LLVM = {
+    i32: ir.IntType(32),
+    i64: ir.IntType(64),
+    u16: ir.IntType(16),
+    f32: ir.FloatType(),
+    types.uint32: ir.IntType(32),
+}
 
 target: tuple[int, int] = (9, 0)
 """The compute capability being compiled for; compile.py sets it. Read by the instructions that not all have."""
@@ -36,7 +42,9 @@ def _emit(context: Any, builder: Any, text: str, results: list, arguments: list,
     return builder.call(ir.InlineAsm(function, text, ",".join(constraints), side_effect=effects), values)
 
 
-def instruction(text: str, result: Any, *arguments: Any, effects: bool = True, minimum: tuple[int, int] = (8, 0)) -> Any:
+def instruction(
+    text: str, result: Any, *arguments: Any, effects: bool = True, minimum: tuple[int, int] = (8, 0)
+) -> Any:
     """Decorator: a function whose body is `text`, with $0, $1 ... for results and then arguments.
 
     result: a type, a UniTuple, or types.void. effects: it reads or writes memory that others write, or has to stay

@@ -57,7 +57,7 @@ def block_max(value, partial):
 
 
 def element(dtype: np.dtype) -> tuple[str, Callable]:
-    """(name of the pointer type, function that loads pointer[i] as float32) of a stored dtype; bfloat16 travels as uint16."""
+    """Of a stored dtype: (name of the pointer type, function that loads pointer[i] as float32)."""
     if dtype == np.float32:
         return "f32p", _load_f32
     return "u16p", _load_f16 if dtype == np.float16 else _load_bf16

@@ -1,0 +1,33 @@
+"""Every GPU kernel compiles to PTX and to machine code, without a GPU, and fits what a GPU has."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("numba_cuda", reason="the gpu extra is not installed")
+
+from numbainfer.gpu.compile import Kernel, all_kernels
+
+ARCHITECTURES = [(8, 0), (9, 0)]
+STATIC_SHARED = 48 << 10  # bytes: more has to be dynamic
+REGISTERS = 65536  # of a multiprocessor
+
+KERNELS = all_kernels()
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES, ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=[k.symbol for k in KERNELS])
+def test_compiles(kernel: Kernel, capability: tuple[int, int]) -> None:
+    cubin = kernel.cubin(capability)
+    assert cubin.code[:4] == b"\x7fELF"
+    assert kernel.symbol.encode() in cubin.code
+    assert 0 < cubin.registers * kernel.threads * max(1, kernel.blocks) <= REGISTERS
+    assert cubin.shared <= STATIC_SHARED
+    assert cubin.spills == 0
+    if kernel.hot:
+        assert cubin.stack == 0, "a local array did not fit into registers"
+
+
+def test_symbols_tell_kernels_apart() -> None:
+    names = [(k.function.__module__, k.symbol) for k in KERNELS]
+    assert len(set(names)) == len(names)
