@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,25 +101,23 @@ class Bench:
             self._probe = backend(self.ops.device.kind).BandwidthProbe(self.ops.stream)
         return self._probe.measure()
 
-    def run(self, repetitions: int) -> list[dict[str, Any]]:
-        """A row per test, with the keys that `bench -o json` prints."""
+    def run(self, repetitions: int) -> Iterator[dict[str, Any]]:
+        """A row per test as it is measured, with the keys that `bench -o json` prints."""
         for done, test in enumerate(self.tests):  # compiles, and captures a program for each size
             self.progress("compiling and warming up", done, len(self.tests))
-            self._seconds(test if test.kind == "pp" else Test("tg", 1, test.depth, test.batch))
+            self.seconds(test if test.kind == "pp" else Test("tg", 1, test.depth, test.batch))
         peak = peak_memory_bytes()  # before the probe's buffer, which is no part of the model
-        rows = []
         for done, test in enumerate(self.tests):
             self.progress(str(test), done, len(self.tests))
             self.feeder.reset(test.depth, test.batch)
             seconds, ceilings = [], []
             for _ in range(repetitions):
                 ceilings.append(self.bandwidth())
-                seconds.append(self._seconds(test))
-            rows.append(self._row(test, seconds, statistics.median(ceilings), peak))
+                seconds.append(self.seconds(test))
             self.progress(str(test), done + 1, len(self.tests))
-        return rows
+            yield self._row(test, seconds, statistics.median(ceilings), peak)
 
-    def _seconds(self, test: Test) -> float:
+    def seconds(self, test: Test) -> float:
         """Seconds that a test's tokens took, greedy sampling included."""
         self.feeder.reset(test.depth, test.batch)
         start = time.perf_counter()

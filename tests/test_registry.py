@@ -136,6 +136,8 @@ FLOORS = [
         "info",
         "bench",
         "bench_output",
+        "bench_plot",
+        "bench_profile",
         "random_weights",
         "chat_session",
         "perplexity",

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -203,6 +204,12 @@ class Stream:
             yield program
         finally:
             self._capturing = None
+
+    def time(self, program: Program) -> float:
+        """Seconds that one run of a program takes."""
+        start = time.perf_counter()
+        program.run()
+        return time.perf_counter() - start
 
     def scratch(self, floats: int) -> np.ndarray:
         """float32 scratch [threads, >= floats] for the launch at hand; launches share it one after another."""
