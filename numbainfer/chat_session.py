@@ -9,8 +9,8 @@ from typing import Any
 
 from numbainfer import chat
 from numbainfer.console import note, warn
-from numbainfer.engine import Generation
 from numbainfer.errors import NumbaInferError
+from numbainfer.generation import Generation
 from numbainfer.loading import LoadedModel
 from numbainfer.sampling import SamplingParams
 

@@ -1,80 +1,48 @@
-"""The generate loop: prefill in chunks, decode, stop, stream, statistics."""
+"""The generate loop: prefill in chunks, decode, stop, stream; for one prompt or for many at once."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing
 
 import numpy as np
 
 from numbainfer.errors import NumbaInferError
+from numbainfer.generation import Generation, Reply, Statistics
+from numbainfer.kv_cache import Sequence
 from numbainfer.model import Model
-from numbainfer.sampling import Sampler, SamplingParams
+from numbainfer.sampling import SamplingParams
+from numbainfer.speculation import lookup
 from numbainfer.tokenizer import Tokenizer
 
 DEFAULT_CTX_SIZE = 4096  # positions, where the model allows as many
-
-
-@dataclass
-class Statistics:
-    """What a generation took. Seconds are wall-clock; decode counts the tokens after the first. `tokens` counts the
-    EOS that ended the reply, which Generation.tokens leaves out."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, found in the KV cache
-    prompt_seconds: float = 0.0
-    tokens: int = 0
-    decode_seconds: float = 0.0
-    time_to_first_token: float = 0.0
-    seed: int | None = None
-
-    @property
-    def prompt_tokens_per_second(self) -> float:
-        return _rate(self.prompt_tokens - self.cached_tokens, self.prompt_seconds)
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return _rate(self.tokens - 1, self.decode_seconds)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON; rates included, numbers rounded to what the clock means."""
-        values = {
-            **self.__dict__,
-            "prompt_tokens_per_second": self.prompt_tokens_per_second,
-            "decode_tokens_per_second": self.decode_tokens_per_second,
-        }
-        return {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-
-
-def _rate(count: int, seconds: float) -> float:
-    return count / seconds if seconds > 0 and count > 0 else 0.0
-
-
-@dataclass
-class Generation:
-    """One reply, filled in while it streams. finish_reason: "stop", "length" or "cancelled" (until it ends: "")."""
-
-    prompt: list[int]
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = ""
-    context_full: bool = False
-    statistics: Statistics = field(default_factory=Statistics)
+DRAFTS = 3  # tokens that speculation guesses: with the one before them, what a step takes at the cost of little more
+# than one, and computes bit for bit as one after another (linear_int8.ROW_FORM_TOKENS)
 
 
 class Engine:
-    """A model and its tokenizer, generating for one sequence at a time.
+    """A model and its tokenizer.
 
-    The KV cache stays between calls: a prompt that begins as the last one did is computed from where they differ.
+    The KV cache stays between calls: a prompt that begins as an earlier one did is computed from where they differ.
+    speculate: guess tokens that the text has said before, for the model to check several in one step.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, eos_ids: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        eos_ids: tuple[int, ...] | None = None,
+        *,
+        speculate: bool = False,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.eos_ids = set(tokenizer.eos_ids if eos_ids is None else eos_ids)
-        self._sequence = model.cache.add_sequence()
+        self.speculate = speculate
+        # Those that no reply is using, the longest unused first. They keep their tokens for prompts that begin alike.
+        self._idle = [model.cache.add_sequence() for _ in range(len(model.cache.page_table))]
+        self._sequence = self._idle[0]  # of prefill, decode and logits
 
     @property
     def ctx_size(self) -> int:
@@ -88,6 +56,17 @@ class Engine:
         continues: whether the text goes on from the prompt's, so that a leading space belongs to it.
         Closing the iterator early ends it with finish_reason "cancelled". A bad prompt raises NumbaInferError at once.
         """
+        reply = self.reply(prompt, params, continues=continues)
+        return reply.generation, self._texts(reply)
+
+    def _texts(self, reply: Reply) -> Iterator[str]:
+        with closing(self.run([reply])) as pieces:
+            for _, piece in pieces:
+                yield piece
+
+    def reply(self, prompt: list[int], params: SamplingParams, *, continues: bool = True) -> Reply:
+        """A generation that has not begun; NumbaInferError for a prompt or parameters that can't be run."""
+        vocabulary = self.model.config.vocab_size
         if not prompt:
             raise NumbaInferError("the prompt is empty: give some text")
         if len(prompt) >= self.ctx_size:
@@ -95,138 +74,139 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and the context holds {self.ctx_size}: "
                 "shorten it or raise --ctx-size"
             )
-        if max(prompt) >= self.model.config.vocab_size or min(prompt) < 0:
-            wrong = next(token for token in prompt if not 0 <= token < self.model.config.vocab_size)
-            raise NumbaInferError(f"the prompt has token {wrong}, which is not in the model's vocabulary")
-        generation = Generation(prompt=list(prompt))
-        return generation, self._stream(generation, params, continues)
+        for what, ids in (("the prompt", prompt), ("the logit bias", params.logit_bias)):
+            wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
+            if wrong is not None:
+                raise NumbaInferError(f"{what} has token {wrong}, which is not in the model's vocabulary")
+        return Reply(prompt, params, self.tokenizer, self.eos_ids, self.ctx_size, continues=continues)
 
-    def _stream(self, generation: Generation, params: SamplingParams, continues: bool) -> Iterator[str]:
-        decoder = self.tokenizer.stream(at_start=not continues)
-        gate = StopGate(params.stop)
+    def run(self, replies: list[Reply]) -> Generator[tuple[Reply, str], None, None]:
+        """Brings all replies to their end, with the pieces of their texts as they come: continuous batching (Yu et
+        al. 2022). As many as there are free sequences take part in every step; the next joins when one ends."""
+        waiting, active = deque(replies), list[Reply]()
         try:
-            for token in self._tokens(generation, params):
-                generation.tokens.append(token)
-                piece = gate.push(decoder.push(token))
-                generation.text += piece
-                if piece:
-                    yield piece
-                if gate.stopped:
-                    generation.finish_reason = "stop"
-                    return
-            rest = gate.push(decoder.flush()) + gate.flush()
-            generation.text += rest
-            if gate.stopped:
-                generation.finish_reason = "stop"
-            if rest:
-                yield rest
+            while waiting or active:
+                while waiting and self._idle:
+                    reply = waiting.popleft()
+                    reply.start(self._borrow(reply.generation.prompt))
+                    active.append(reply)
+                if not active:
+                    raise NumbaInferError("all sequences of the KV cache are in use: end another reply first")
+                for reply, piece in self._advance(active):
+                    if piece:
+                        yield reply, piece
+                for reply in [reply for reply in active if reply.done]:
+                    active.remove(reply)
+                    self._give_back(reply)
         except (KeyboardInterrupt, GeneratorExit):
-            generation.finish_reason = "cancelled"
+            for reply in replies:
+                reply.generation.finish_reason = reply.generation.finish_reason or "cancelled"
             raise
+        finally:
+            for reply in active:
+                self._give_back(reply)
 
-    def _tokens(self, generation: Generation, params: SamplingParams) -> Iterator[int]:
-        """The tokens of a reply, without the EOS that ends it."""
-        statistics = generation.statistics
-        sampler = Sampler(params, generation.prompt)
-        statistics.seed = sampler.seed
-        statistics.prompt_tokens = len(generation.prompt)
-        start = time.perf_counter()
-        logits = self.prefill(generation.prompt, statistics)
-        statistics.prompt_seconds = time.perf_counter() - start
-        room = self.ctx_size - len(generation.prompt)
-        first = None
-        for _ in range(min(params.max_tokens, room)):
-            token = sampler(logits[-1])
-            now = time.perf_counter()
-            if first is None:
-                first = now
-                statistics.time_to_first_token = now - start
-            statistics.decode_seconds = now - first
-            statistics.tokens += 1
-            if token in self.eos_ids:
-                generation.finish_reason = "stop"
-                return
-            yield token
-            if statistics.tokens < min(params.max_tokens, room):
-                logits = self.decode(token)
-        generation.finish_reason = "length"
-        generation.context_full = room < params.max_tokens
+    def _borrow(self, prompt: list[int]) -> Sequence:
+        """The idle sequence that has most of the prompt's beginning, cut to what they share."""
+        # All but the last token, which is run anyway: for its logits
+        sequence = max(self._idle, key=lambda one: shared_prefix(one.tokens, prompt[:-1]))  # of equals the first
+        self._idle.remove(sequence)
+        self.model.cache.truncate(sequence, shared_prefix(sequence.tokens, prompt[:-1]))
+        return sequence
+
+    def _give_back(self, reply: Reply) -> None:
+        assert reply.sequence is not None
+        self._idle.append(reply.sequence)
+        reply.sequence = None
+
+    def _advance(self, active: list[Reply]) -> Iterator[tuple[Reply, str]]:
+        """One step for all: a token of each reply that decodes, and as much of the prompts as a step has room for."""
+        room = self.model.chunk
+        parts: list[tuple[Reply, list[int]]] = []  # tokens whose logits nobody wants
+        ends: list[tuple[Reply, list[int]]] = []  # and those, after them, that others follow
+        for reply in sorted(active, key=lambda reply: len(reply.pending)):
+            if self.speculate and len(active) == 1 and len(reply.pending) == 1:
+                self._guess(reply)
+            tokens = reply.pending[:room]
+            room -= len(tokens)
+            rows = 1 + reply.drafts if len(tokens) == len(reply.pending) else 0
+            inner = len(tokens) - rows
+            parts.append((reply, tokens[:inner]))
+            if rows:
+                ends.append((reply, tokens[inner:]))
+        step = [(reply.sequence, tokens) for reply, tokens in parts + ends if reply.sequence is not None and tokens]
+        logits = self._step(step, sum(len(tokens) for _, tokens in ends))
+        for reply, tokens in parts:
+            reply.pending = reply.pending[len(tokens) :]
+        for reply, tokens in ends:
+            assert logits is not None
+            assert reply.sequence is not None
+            text, used = reply.take(logits[: len(tokens)])
+            logits = logits[len(tokens) :]
+            self.model.cache.truncate(reply.sequence, len(reply.sequence) - len(tokens) + used)
+            yield reply, text
+
+    def _guess(self, reply: Reply) -> None:
+        """Appends drafts to a reply's one pending token."""
+        text = reply.generation.prompt + reply.generation.tokens
+        room = min(DRAFTS, reply.left - 1, self.model.chunk - 1, self.ctx_size - len(text))
+        drafts = lookup(text, room)
+        reply.pending += drafts
+        reply.drafts = len(drafts)
 
     def prefill(self, prompt: list[int], statistics: Statistics | None = None) -> np.ndarray:
-        """Brings the cache to hold exactly `prompt`; logits [1, vocabulary] after its last token."""
-        sequence, model = self._sequence, self.model
-        shared = 0
-        for have, want in zip(sequence.tokens, prompt[:-1], strict=False):  # the last is run anyway: for its logits
-            if have != want:
-                break
-            shared += 1
-        model.cache.truncate(sequence, shared)
+        """For loops of one's own: brings the cache to hold exactly `prompt`; logits [1, vocabulary] after its last
+        token. `decode` goes on from there, as long as nothing else is generated in between."""
+        sequence = self._sequence
+        shared = shared_prefix(sequence.tokens, prompt[:-1])
+        self.model.cache.truncate(sequence, shared)
         if statistics is not None:
             statistics.cached_tokens = shared
         logits = None
-        for start in range(shared, len(prompt), model.chunk):
-            part = prompt[start : start + model.chunk]
-            last = start + len(part) == len(prompt)
-            logits = self._step(part, "last" if last else "none")
+        for start in range(shared, len(prompt), self.model.chunk):
+            part = prompt[start : start + self.model.chunk]
+            logits = self._step([(sequence, part)], int(start + len(part) == len(prompt)))
         assert logits is not None
         return logits
 
     def decode(self, token: int) -> np.ndarray:
         """Appends one token; logits [1, vocabulary] after it."""
-        logits = self._step([token], "last")
+        logits = self._step([(self._sequence, [token])], 1)
         assert logits is not None
         return logits
-
-    def _step(self, tokens: list[int], logits: str) -> np.ndarray | None:
-        sequence = self._sequence
-        start = len(sequence)
-        positions = np.arange(start, start + len(tokens), dtype=np.int32)
-        try:
-            self.model.cache.append(sequence, tokens)
-            return self.model.step(tokens, positions, sequence.row, logits)
-        except BaseException:
-            self.model.cache.truncate(sequence, start)  # what was not stored must not be found later
-            raise
 
     def logits(self, tokens: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """(first position, logits [n, vocabulary]) for chunk after chunk of a fresh sequence of tokens."""
         self.model.cache.truncate(self._sequence, 0)
         for start in range(0, len(tokens), self.model.chunk):
             part = tokens[start : start + self.model.chunk]
-            result = self._step(part, "all")
+            result = self._step([(self._sequence, part)], len(part))
             assert result is not None
             yield start, result
 
+    def _step(self, parts: list[tuple[Sequence, list[int]]], rows: int) -> np.ndarray | None:
+        """Appends tokens to sequences in one step; logits of the last `rows` of them. Each sequence may come twice."""
+        cache = self.model.cache
+        before = [(sequence, len(sequence)) for sequence, _ in parts]
+        tokens, positions, sequences = list[int](), list[int](), list[int]()
+        try:
+            for sequence, part in parts:
+                start = len(sequence)
+                cache.append(sequence, part)
+                tokens += part
+                positions += range(start, start + len(part))
+                sequences += [sequence.row] * len(part)
+            return self.model.step(tokens, positions, sequences, rows)
+        except BaseException:
+            for sequence, start in reversed(before):
+                cache.truncate(sequence, start)  # what was not stored must not be found later
+            raise
 
-class StopGate:
-    """Lets text through until a stop text appears; holds back an end that may be the beginning of one."""
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = stops
-        self._held = ""
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        """What can be shown now."""
-        if not self._stops or self.stopped:
-            return "" if self.stopped else text
-        self._held += text
-        found = [i for i in (self._held.find(stop) for stop in self._stops) if i >= 0]
-        if found:
-            self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
-            return shown
-        keep = max(self._overlap(stop) for stop in self._stops)
-        shown = self._held[: len(self._held) - keep]
-        self._held = self._held[len(self._held) - keep :]
-        return shown
-
-    def flush(self) -> str:
-        """What was held back, when nothing follows."""
-        shown, self._held = self._held, ""
-        return shown
-
-    def _overlap(self, stop: str) -> int:
-        """The length of the longest end of the held text that begins `stop`."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+def shared_prefix(one: list[int], other: list[int]) -> int:
+    """How many tokens two lists have in common from the start."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # by halves: comparing slices is far faster than comparing numbers one by one
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low

@@ -34,6 +34,8 @@ STATISTICS = {
     "tokens": int,
     "decode_seconds": float,
     "time_to_first_token": float,
+    "drafted_tokens": int,
+    "accepted_tokens": int,
     "seed": int,
     "prompt_tokens_per_second": float,
     "decode_tokens_per_second": float,

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from building import build_engine, stories260k
 
-from numbainfer.engine import Engine, Generation, StopGate
+from numbainfer.engine import Engine
 from numbainfer.errors import NumbaInferError
+from numbainfer.generation import Generation, StopGate
 from numbainfer.registry import Operators
 from numbainfer.sampling import SamplingParams
 

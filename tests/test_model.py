@@ -24,7 +24,8 @@ from numbainfer.checkpoint import Checkpoint, Weights
 from numbainfer.converters import convert as convert_module
 from numbainfer.converters.convert import Target, convert
 from numbainfer.converters.source import open_source
-from numbainfer.engine import Engine, Statistics
+from numbainfer.engine import Engine
+from numbainfer.generation import Statistics
 from numbainfer.quantization import Matrix, QuantizedMatrix, dequantize
 from numbainfer.registry import Operators
 from numbainfer.tokenizer import Tokenizer

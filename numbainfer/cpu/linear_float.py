@@ -26,22 +26,28 @@ def _linear(task, worker, w, x, bias, residual, flags, y, rows, width, per_task,
         x3 = advance(x, min(first + 3, last) * width)
         for row in range(task * per_task, min(rows, (task + 1) * per_task)):
             w_row = advance(w, row * width)
-            a0 = a1 = a2 = a3 = splat(float32(0))
+            # Two chains of additions, or the adder's latency would be the limit for one token. For several tokens the
+            # same two, so that a token's result does not depend on how many it is computed with.
+            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(float32(0))
             if tokens == 1:
-                # two chains of additions, or the adder's latency would be the limit
                 for i in range(0, whole - 16, 32):
                     a0 = fma(load(w_row, i), load(x0, i), a0)
-                    a1 = fma(load(w_row, i + 16), load(x0, i + 16), a1)
+                    b0 = fma(load(w_row, i + 16), load(x0, i + 16), b0)
                 if whole % 32:
                     a0 = fma(load(w_row, whole - 16), load(x0, whole - 16), a0)
-                a0 = a0 + a1
             else:
-                for i in range(0, whole, 16):
+                for i in range(0, whole - 16, 32):
                     v = load(w_row, i)
-                    a0 = fma(v, load(x0, i), a0)
-                    a1 = fma(v, load(x1, i), a1)
-                    a2 = fma(v, load(x2, i), a2)
-                    a3 = fma(v, load(x3, i), a3)
+                    a0, a1 = fma(v, load(x0, i), a0), fma(v, load(x1, i), a1)
+                    a2, a3 = fma(v, load(x2, i), a2), fma(v, load(x3, i), a3)
+                    v = load(w_row, i + 16)
+                    b0, b1 = fma(v, load(x0, i + 16), b0), fma(v, load(x1, i + 16), b1)
+                    b2, b3 = fma(v, load(x2, i + 16), b2), fma(v, load(x3, i + 16), b3)
+                if whole % 32:
+                    v, i = load(w_row, whole - 16), whole - 16
+                    a0, a1 = fma(v, load(x0, i), a0), fma(v, load(x1, i), a1)
+                    a2, a3 = fma(v, load(x2, i), a2), fma(v, load(x3, i), a3)
+            a0, a1, a2, a3 = a0 + b0, a1 + b1, a2 + b2, a3 + b3
             v0, v1, v2, v3 = hsum(a0), hsum(a1), hsum(a2), hsum(a3)
             for i in range(whole, width):
                 weight = get(w_row, i)
