@@ -94,8 +94,8 @@ def profile(bench: Bench, test: Test, repetitions: int) -> list[dict[str, Any]]:
     whole, ceilings = [], []
     for done in range(repetitions + 1):
         ceilings.append(bench.bandwidth())
-        for call in calls:
-            call.seconds.append(bench.ops.stream.time(call.program))
+        for call, seconds in zip(calls, bench.ops.stream.time([call.program for call in calls]), strict=True):
+            call.seconds.append(seconds)
         whole.append(bench.seconds(test))
         bench.progress(f"profiling {test}", done, repetitions)
     return _rows(bench, test, [replace(call, seconds=call.seconds[1:]) for call in calls], whole[1:], ceilings[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -13,6 +14,9 @@ from numbainfer.progress import Progress, silent
 QUIET, NORMAL, VERBOSE = -1, 0, 1
 verbosity = NORMAL
 """How much of what is no result and no error is shown; the options --quiet and --verbose set it."""
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Of one long task, where stderr is no terminal."""
 
 _CODES = {"red": "31", "yellow": "33", "green": "32", "dim": "2", "bold": "1"}
 
@@ -51,12 +55,17 @@ def progress_bars() -> Iterator[Progress]:
         yield silent
         return
     if not sys.stderr.isatty():
-        seen: set[str] = set()
+        said: dict[str, float] = {}  # when each task was last told of
 
-        def line(description: str, done: int, total: int | None) -> None:
-            if description not in seen:
-                seen.add(description)
+        def line(description: str, done: int, total: int | None, value: str = "") -> None:
+            now = time.monotonic()
+            if description not in said:
                 note(f"{description} ...")
+            elif value and now - said[description] > SECONDS_BETWEEN_LINES:
+                note(f"{description} {done}/{total}: {value}")
+            else:
+                return
+            said[description] = now
 
         yield line
         return
@@ -64,16 +73,17 @@ def progress_bars() -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bars:
+    value_column = TextColumn("{task.fields[value]}")
+    with Progress(*columns, TimeElapsedColumn(), value_column, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}  # the one that is shown
 
-        def bar(description: str, done: int, total: int | None) -> None:
+        def bar(description: str, done: int, total: int | None, value: str = "") -> None:
             if description not in tasks:
                 for task in tasks.values():
                     bars.remove_task(task)
                 tasks.clear()
-                tasks[description] = bars.add_task(description, total=total)
-            bars.update(tasks[description], completed=done, total=total)
+                tasks[description] = bars.add_task(description, total=total, value=value)
+            bars.update(tasks[description], completed=done, total=total, value=value)
 
         yield bar
 
@@ -92,10 +102,11 @@ def announce_compilation() -> None:
     compile.on_first_compile = announce
 
 
-def size(nbytes: float) -> str:
-    """Bytes for people: 144.3 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
+def size(nbytes: float, step: int = 1000) -> str:
+    """Bytes for people: 144.3 MB; with a step of 1024, 32 KiB."""
+    units = ("B", "kB", "MB", "GB") if step == 1000 else ("B", "KiB", "MiB", "GiB")
+    for unit in units:
+        if nbytes < step or unit == units[-1]:
             break
-        nbytes /= 1000
-    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= step
+    return f"{nbytes:.0f} {unit}" if unit == "B" or (step == 1024 and nbytes % 1 == 0) else f"{nbytes:.1f} {unit}"

@@ -1,79 +1,115 @@
-"""What a model is and needs, and what the machine is."""
+"""What a model is, and what it needs on a machine."""
 
 from __future__ import annotations
 
-import platform
+from typing import Any
 
-import numpy as np
-
-from numbainfer._version import __version__
 from numbainfer.checkpoint import Weights
+from numbainfer.config import ModelConfig
 from numbainfer.console import size
 from numbainfer.converters.convert import SourceWeights, stored_bytes
-from numbainfer.device import cpu_name, physical_cores
-from numbainfer.loading import cache_directory, context_size, open_model
+from numbainfer.loading import context_size, open_model
+from numbainfer.machine import memory_bytes
+from numbainfer.model import CHUNK
 from numbainfer.quantization import QuantizedMatrix
 from numbainfer.specs import Parameter, parameter_count, parameter_groups
 
 
-def machine() -> dict[str, str]:
-    """The CPU and which kernels run on it, versions, the cache directory."""
-    import llvmlite
-    import numba
-
-    from numbainfer.cpu.compile import cache_directory as kernels
+def model(path: str, ctx_size: int | None, tokenizer: str | None) -> dict[str, Any]:
+    """All facts, as `info MODEL -o json` prints them. Sizes in bytes."""
     from numbainfer.cpu.isa import detect
 
-    compiled = list(kernels().glob("*")) if kernels().exists() else []
-    return {
-        "numbainfer": __version__,
-        "python": platform.python_version(),
-        "numba": f"{numba.__version__} (llvmlite {llvmlite.__version__}), numpy {np.__version__}",
-        "cpu": f"{cpu_name()}, {physical_cores()} physical cores",
-        "int8 kernels": detect().name,
-        "gpu": "not supported by this version",
-        "cache": str(cache_directory()),
-        "compiled kernels": f"{len(compiled)} in {kernels()}",
-    }
-
-
-def model(path: str, ctx_size: int | None, tokenizer: str | None) -> dict[str, str]:
-    """Architecture, parameters and bytes by part, memory at a context."""
     opened = open_model(path, tokenizer=tokenizer, require_tokenizer=False)
     weights, config = opened.weights, opened.weights.config
     positions = context_size(weights, ctx_size)
-    parts = {"embedding": 0, "attention": 0, "mlp": 0, "norms and biases": 0, "output head": 0}
-    kinds: set[str] = set()
+    parts: dict[str, dict[str, Any]] = {}
     for group in parameter_groups(config):
-        name = group[0].name
-        if not group[0].is_matrix:
-            parts["norms and biases"] += sum(p.shape[0] for p in group) * 4
-            continue
         kind, nbytes = _stored(weights, group)
-        kinds.add(kind)
-        part = "attention" if "self_attn" in name else "mlp" if ".mlp." in name else "embedding"
-        parts["output head" if name.startswith("lm_head") else part] += nbytes
-    kv_item = 4 if kinds == {"float32"} else 2
-    cache = 2 * kv_item * config.layers * config.kv_heads * config.head_dim * positions
-    total = sum(parts.values())
-    facts = {
+        part = parts.setdefault(_part(group[0]), {"parameters": 0, "bytes": 0, "stored": []})
+        part["parameters"] += sum(p.shape[0] * (p.shape[1] if p.is_matrix else 1) for p in group)
+        part["bytes"] += nbytes
+        if kind not in part["stored"]:
+            part["stored"].append(kind)
+    matrices = sorted({kind for name, part in parts.items() if name != "norms and biases" for kind in part["stored"]})
+    per_token = 2 * (4 if matrices == ["float32"] else 2) * config.layers * config.kv_heads * config.head_dim
+    total = sum(part["bytes"] for part in parts.values())
+    cache, workspace = per_token * -(-positions // 64) * 64, workspace_bytes(config, positions)
+    return {
         "model": opened.name,
         "architecture": config.architecture,
-        "parameters": f"{parameter_count(config):,}",
-        "layers": f"{config.layers}, hidden {config.hidden_size}, mlp {config.intermediate_size}",
-        "attention": f"{config.heads} heads, {config.kv_heads} key/value heads of {config.head_dim}",
-        "vocabulary": f"{config.vocab_size:,}{', tied output head' if config.tied_embeddings else ''}",
-        "context": f"{config.max_positions:,}",
-        "weights": f"{size(total)}, {', '.join(sorted(kinds))}",
+        "parameters": parameter_count(config),
+        "layers": config.layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "tied_embeddings": config.tied_embeddings,
+        "max_positions": config.max_positions,
+        "weights": matrices,
+        "weight_bytes": total,
+        "parts": parts,
+        "ctx_size": positions,
+        "kv_cache_bytes_per_token": per_token,
+        "kv_cache_bytes": cache,
+        "workspace_bytes": workspace,
+        "memory_bytes": total + cache + workspace,
+        "kernels": detect().name,
     }
-    facts |= {f"  {name}": size(nbytes) for name, nbytes in parts.items() if nbytes}
-    facts[f"kv cache at {positions:,}"] = size(cache)
-    facts["memory"] = f"about {size(total + cache)}"
-    return facts
+
+
+def as_text(facts: dict[str, Any]) -> dict[str, str]:
+    """The same for people: name -> value."""
+    tied = ", tied output head" if facts["tied_embeddings"] else ""
+    lines = {
+        "model": facts["model"],
+        "architecture": facts["architecture"],
+        "parameters": f"{facts['parameters']:,}",
+        "layers": f"{facts['layers']}, hidden {facts['hidden_size']}, mlp {facts['intermediate_size']}",
+        "attention": f"{facts['heads']} heads, {facts['kv_heads']} key/value heads of {facts['head_dim']}",
+        "vocabulary": f"{facts['vocab_size']:,}{tied}",
+        "context": f"{facts['max_positions']:,}",
+        "kernels": facts["kernels"],
+        "weights": f"{size(facts['weight_bytes'])}, {', '.join(facts['weights'])}",
+    }
+    for name, part in facts["parts"].items():
+        count = f"{part['parameters']:,}"
+        lines[f"  {name}"] = f"{size(part['bytes']):>9}  {count:>15} parameters, {', '.join(part['stored'])}"
+    at = f"{facts['ctx_size']:,}"
+    lines[f"kv cache at {at}"] = f"{size(facts['kv_cache_bytes'])}, {size(facts['kv_cache_bytes_per_token'])} a token"
+    lines["workspace"] = f"about {size(facts['workspace_bytes'])}"
+    here, needed = memory_bytes(), facts["memory_bytes"]
+    lines["memory"] = f"about {size(needed)}" + (f" of this machine's {size(here)}" if here else "")
+    if here and needed > here:
+        lines["memory"] += ": more than it has; lower --ctx-size or take a smaller model"
+    return lines
+
+
+def workspace_bytes(config: ModelConfig, ctx_size: int) -> int:
+    """About what a step needs besides weights and cache: activations of a chunk, RoPE's tables, logits."""
+    tokens = min(CHUNK, ctx_size)
+    heads = config.heads * config.head_dim
+    qkv, inner, hidden = heads + 2 * config.kv_heads * config.head_dim, config.intermediate_size, config.hidden_size
+    floats = hidden + qkv + 2 * inner  # x, qkv, gate and up, in float32; what matrices take in, as two int8 planes
+    inputs = 2 * hidden + heads + inner
+    return tokens * (4 * floats + 2 * inputs) + 4 * (ctx_size * config.head_dim + config.vocab_size)
+
+
+def _part(parameter: Parameter) -> str:
+    """The part of the model that a parameter belongs to."""
+    name = parameter.name
+    if not parameter.is_matrix:
+        return "norms and biases"
+    if name.startswith("lm_head"):
+        return "output head"
+    return "attention" if "self_attn" in name else "mlp" if ".mlp." in name else "embedding"
 
 
 def _stored(weights: Weights, group: list[Parameter]) -> tuple[str, int]:
-    """How the matrices of a group are stored, and their bytes."""
+    """How the parameters of a group are stored, and their bytes."""
+    if not group[0].is_matrix:
+        return "float32", sum(p.shape[0] for p in group) * 4
     if isinstance(weights, SourceWeights):  # said by the shapes: quantizing it all would take as long as converting
         groups = weights.target.group(group[0].shape[1])
         kind = weights.target.float_dtype if groups is None else f"int8 (group {groups})"

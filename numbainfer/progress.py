@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-Progress = Callable[[str, int, int | None], None]
-"""Called now and then with what is going on, how much of it is done, and of how much (None: not known)."""
+from typing import Protocol
 
 
-def silent(description: str, done: int, total: int | None) -> None:
+class Progress(Protocol):
+    """Called now and then with what is going on, how much of it is done, of how much (None: not known), and what has
+    come out so far."""
+
+    def __call__(self, description: str, done: int, total: int | None, value: str = "") -> None: ...
+
+
+def silent(description: str, done: int, total: int | None, value: str = "") -> None:
     """A Progress that shows nothing."""

@@ -217,7 +217,7 @@ MIXTURE = ("route", "group_by_expert", "linear_experts", "combine")
 
 # Each backend package also defines what a device needs besides operators:
 #   open_stream(device, threads) -> a stream: .threads, .capture() -> a program with .run(),
-#       .time(program) -> seconds that one run takes on the device
+#       .time(programs) -> seconds that each takes on the device, run once in this order
 #   open_allocator(device) -> a memory.Allocator
 #   BandwidthProbe(stream) -> .measure() gives the memory read bandwidth in bytes/s
 _BACKENDS = {"cpu": "numbainfer.cpu", "cuda": "numbainfer.gpu"}

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -525,25 +526,7 @@ def test_perplexity(size: int) -> None:
 def test_perplexity_of_stdin() -> None:
     from_file = succeed("perplexity", STORIES, STORY_TEXT, "--ctx-size", 128, "-o", "json").json
     piped = succeed("perplexity", STORIES, "-", "--ctx-size", 128, stdin=STORY_TEXT.read_bytes()).out
-    assert re.search(rf"^perplexity +{from_file['perplexity']:.4f}$", piped, re.MULTILINE)
-
-
-def test_info_of_a_model(models: dict[str, Path]) -> None:
-    loaded, converted = (succeed("info", models[kind], "--ctx-size", 100).out for kind in ("hf", "converted"))
-    assert loaded.splitlines()[1:] == converted.splitlines()[1:]  # the first line is the name
-    facts = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in converted.splitlines())
-    assert facts["architecture"] == "LlamaForCausalLM"
-    assert facts["parameters"] == "279,296"
-    assert facts["context"] == "256"
-    assert facts["weights"].endswith("int8 (group 64)")
-    assert facts["kv cache at 100"] == "51.2 kB"  # 2 x 2 layers x 2 heads x 32 x 100 positions in float16
-    assert "float16, int8 (group 64)" in succeed("info", STORIES).out
-
-
-def test_info_of_the_machine() -> None:
-    out = succeed("info").out
-    assert re.search(rf"^numbainfer +{re.escape(__version__)}$", out, re.MULTILINE)
-    assert all(f"\n{name} " in out for name in ("python", "numba", "cpu", "int8 kernels", "gpu", "cache"))
+    assert re.search(rf"^perplexity +{from_file['perplexity']:.4f} \+/- 0\.\d+$", piped, re.MULTILINE)
 
 
 def test_version() -> None:
@@ -556,7 +539,7 @@ def test_help_has_examples_that_work(command: str) -> None:
     examples = re.findall(rf"^  (?:.*\| )?numbainfer {command}\b(.*)", text, re.MULTILINE)
     assert examples
     for example in examples:
-        words = re.findall(r'"[^"]*"|\S+', example)
+        words = shlex.split(re.split(r" [|>]", example)[0])
         commands.commands[command].make_context(command, words)  # raises where an option is unknown
     assert command in succeed("--help").out
 

@@ -24,7 +24,8 @@ COMMANDS = list(commands.commands)
 def test_help_has_the_sections_of_a_manual(command: str) -> None:
     text = succeed(command, "--help").out
     headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert headings[-2:] == ["General:", "Examples:"]
+    assert headings[-1] == "Examples:"
+    assert "General:" in headings
     assert all(
         f"{option} " in text or f"{option}\n" in text for option in ("--quiet", "--verbose", "--debug", "--help")
     )
@@ -34,7 +35,7 @@ def test_help_has_the_sections_of_a_manual(command: str) -> None:
 def test_every_option_says_what_it_does() -> None:
     for name, command in commands.commands.items():
         for parameter in command.params:
-            if parameter.param_type_name == "option" and "--output" not in parameter.opts:
+            if parameter.param_type_name == "option":
                 assert getattr(parameter, "help", None), f"{name} {parameter.opts[0]}"
 
 

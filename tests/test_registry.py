@@ -145,6 +145,7 @@ FLOORS = [
         "loading",
         "console",
         "info",
+        "machine",
         "bench",
         "bench_output",
         "bench_plot",

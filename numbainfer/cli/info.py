@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
+import click
+
 from numbainfer.cli.options import (
     argument,
     command,
     ctx_size_option,
     general_options,
     not_empty,
+    option,
     tokenizer_option,
 )
 
@@ -16,16 +21,34 @@ from numbainfer.cli.options import (
     "Show what a model is and needs, or what this machine is.",
     examples="""
 numbainfer info
+numbainfer info -o json | jq .missing
 numbainfer info model.gguf --ctx-size 8192
 """,
 )
 @argument("model", required=False, callback=not_empty)
 @ctx_size_option
+@option(
+    "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="How to print."
+)
 @tokenizer_option
 @general_options
-def info(model: str | None, ctx_size: int | None, tokenizer: str | None) -> None:
-    """Show what MODEL is and what it needs; with no MODEL, what this machine is."""
-    from numbainfer import info as facts
+def info(model: str | None, ctx_size: int | None, output: str, tokenizer: str | None) -> None:
+    """Show what MODEL is and what it needs: parameters and bytes by part, memory at a context.
+
+    With no MODEL, show what this machine is: CPU, caches, GPUs, versions, which kernels run on it, and what is missing
+    with the command that brings it.
+    """
+    from numbainfer import info as about_model
+    from numbainfer import machine as about_machine
     from numbainfer.bench_output import print_facts
 
-    print_facts(facts.machine() if model is None else facts.model(model, ctx_size, tokenizer))
+    if model is None:
+        facts = about_machine.machine()
+        lines = about_machine.as_text(facts)
+    else:
+        facts = about_model.model(model, ctx_size, tokenizer)
+        lines = about_model.as_text(facts)
+    if output == "json":
+        print(json.dumps(facts, indent=1))
+    else:
+        print_facts(lines)

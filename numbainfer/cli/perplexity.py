@@ -35,7 +35,9 @@ numbainfer perplexity ./qwen text.txt --ctx-size 2048 -o json
 @argument("model", callback=not_empty)
 @argument("file", callback=not_empty)
 @option("--ctx-size", type=click.IntRange(4), metavar="N", default=512, show_default=True, help="Tokens of a chunk.")
-@option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@option(
+    "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="How to print."
+)
 @device_option
 @threads_option
 @tokenizer_option
@@ -49,10 +51,15 @@ def perplexity(
     threads: int | None,
     tokenizer: str | None,
 ) -> None:
-    """Measure how well MODEL predicts the text in FILE ("-": stdin), as llama.cpp defines it."""
+    """Measure how well MODEL predicts the text in FILE ("-": stdin), as llama.cpp defines it.
+
+    Lower is better: e to the mean negative log likelihood of a token, over the second half of every chunk of --ctx-size
+    tokens. Compare only numbers of the same text, tokenizer and chunk size. Ctrl-C prints the value so far.
+    """
     from numbainfer.bench_output import print_facts
     from numbainfer.console import announce_compilation, progress_bars
     from numbainfer.loading import load
+    from numbainfer.perplexity import Score
     from numbainfer.perplexity import perplexity as measure
 
     try:
@@ -70,8 +77,17 @@ def perplexity(
             chunk=128,  # logits of all tokens of a chunk are kept at once: 78 MB at a vocabulary of 150,000
             progress=progress,
         )
-        result = measure(loaded.engine, text, ctx_size, progress)
+        score, stopped = Score(), False
+        try:
+            result = measure(loaded.engine, text, ctx_size, progress, score)
+        except KeyboardInterrupt:
+            if not score.chunks:
+                raise
+            result, stopped = score.result(), True
     if output == "json":
         print(json.dumps(result.__dict__))
     else:
-        print_facts({k: f"{v:.4f}" if isinstance(v, float) else str(v) for k, v in result.__dict__.items()})
+        lines = {k: f"{v:.4f}" if isinstance(v, float) else str(v) for k, v in result.__dict__.items()}
+        print_facts({**lines, "perplexity": f"{lines['perplexity']} +/- {score.uncertainty:.4f}"})
+    if stopped:
+        raise KeyboardInterrupt

@@ -16,8 +16,9 @@ import ctypes
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -205,11 +206,13 @@ class Stream:
         finally:
             self._capturing = None
 
-    def time(self, program: Program) -> float:
-        """Seconds that one run of a program takes."""
-        start = time.perf_counter()
-        program.run()
-        return time.perf_counter() - start
+    def time(self, programs: Sequence[Program]) -> list[float]:
+        """Seconds that each of the programs takes, run once in this order."""
+        clock = [time.perf_counter()]
+        for program in programs:
+            program.run()
+            clock.append(time.perf_counter())
+        return [end - start for start, end in pairwise(clock)]
 
     def scratch(self, floats: int) -> np.ndarray:
         """float32 scratch [threads, >= floats] for the launch at hand; launches share it one after another."""
