@@ -45,7 +45,7 @@ class Session:
             raise NumbaInferError("--system needs a chat model, and no --raw")
         self.conversation = chat.Conversation(system)
         model = loaded.generation_config if loaded.generation_config.get("do_sample", True) else {"temperature": 0.0}
-        chosen: dict[str, Any] = {}
+        chosen = dict(sampling)
         for name, default in DEFAULTS.items():
             given, own = sampling.get(name), model.get(name)
             chosen[name] = given if given is not None else own if _is_number(own) else default
@@ -83,22 +83,31 @@ def reply(session: Session, prompt: str, *, show_statistics: bool, as_json: bool
     """One reply to stdout; returns the exit code."""
     generation = session.stream(session.prompt_tokens(prompt), echo=not as_json)
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "prompt_tokens": generation.prompt,
-                    "tokens": generation.tokens,
-                    "text": generation.text,
-                    "finish_reason": generation.finish_reason,
-                    "stats": generation.statistics.as_dict(),
-                },
-                ensure_ascii=False,
-            )
-        )
+        print(json.dumps(_as_dict(session, generation), ensure_ascii=False))
     else:
         print(flush=True)
     _report(session, generation, show_statistics)
     return 130 if generation.finish_reason == "cancelled" else 0
+
+
+def _as_dict(session: Session, generation: Generation) -> dict[str, Any]:
+    """What `run --json` prints."""
+
+    def named(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": token, "text": session.tokenizer.decode([token], at_start=False), "logprob": round(logprob, 6)}
+
+    told: dict[str, Any] = {
+        "prompt_tokens": generation.prompt,
+        "tokens": generation.tokens,
+        "text": generation.text,
+        "finish_reason": generation.finish_reason,
+        "stats": generation.statistics.as_dict(),
+    }
+    if session.params.logprobs is not None:
+        told["logprobs"] = [
+            {**named(one.token, one.logprob), "top": [named(*pair) for pair in one.top]} for one in generation.logprobs
+        ]
+    return told
 
 
 def chat_loop(session: Session, first: str | None, *, show_statistics: bool) -> None:

@@ -8,6 +8,7 @@ from contextlib import closing
 
 import numpy as np
 
+from numbainfer.constraints import constraint_of
 from numbainfer.errors import NumbaInferError
 from numbainfer.generation import Generation, Reply, Statistics
 from numbainfer.kv_cache import Sequence
@@ -78,7 +79,10 @@ class Engine:
             wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
             if wrong is not None:
                 raise NumbaInferError(f"{what} has token {wrong}, which is not in the model's vocabulary")
-        return Reply(prompt, params, self.tokenizer, self.eos_ids, self.ctx_size, continues=continues)
+        constraint = constraint_of(params, self.tokenizer, frozenset(self.eos_ids), vocabulary)
+        return Reply(
+            *(prompt, params, self.tokenizer, self.eos_ids, self.ctx_size), continues=continues, constraint=constraint
+        )
 
     def run(self, replies: list[Reply]) -> Generator[tuple[Reply, str], None, None]:
         """Brings all replies to their end, with the pieces of their texts as they come: continuous batching (Yu et

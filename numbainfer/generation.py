@@ -98,6 +98,7 @@ class Reply:
         self._eos_ids = eos_ids
         self._sampler = Sampler(params, prompt, constraint)
         self._decoder = tokenizer.stream(at_start=not continues)
+        self._constraint = constraint
         self._gate = StopGate(params.stop)
         self._started = self._first = 0.0  # seconds, on perf_counter's clock
         self.generation.statistics.seed = self._sampler.seed
@@ -161,6 +162,8 @@ class Reply:
         generation.text += piece
         if self._gate.stopped:
             generation.finish_reason = "stop"
+        elif self._constraint is not None and self._constraint.finished:
+            piece += self._end("stop")
         elif self.left == 0:
             generation.context_full = self.limit < self.params.max_tokens
             piece += self._end("length")

@@ -31,6 +31,10 @@ class Constraint(Protocol):
     def accept(self, token: int) -> None:
         """Goes on after a token."""
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more can follow."""
+
 
 class Sampler:
     """Draws tokens for one sequence."""

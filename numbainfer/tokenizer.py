@@ -157,6 +157,10 @@ class Tokenizer:
         """The bytes that one token stands for; b"" for an id that the vocabulary lacks."""
         return self._backend.token(token_id)[0]
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is no text but a mark, such as BOS or "<|im_end|>"."""
+        return self._backend.token(token_id)[1]
+
     def token_to_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary writes it ("<|im_end|>"), or None."""
         return self._backend.id_of(token)

@@ -189,11 +189,72 @@ def test_seed(models: dict[str, Path]) -> None:
 
 def test_every_sampling_option_counts() -> None:
     options = ("--temperature", 2, "--seed", 3, "-n", 60)
-    free = run(STORIES, "Once upon", *options, "--top-k", 0, "--top-p", 1)["text"]
-    for changed in (("--top-k", 2), ("--top-p", 0.5), ("--min-p", 0.3), ("--repetition-penalty", 1.5)):
+    told = run(STORIES, "Once upon", *options, "--top-k", 0, "--top-p", 1)
+    free, first = told["text"], told["tokens"][0]
+    for changed in (
+        ("--top-k", 2),
+        ("--top-p", 0.5),
+        ("--min-p", 0.3),
+        ("--typical-p", 0.2),
+        ("--mirostat", 2),
+        ("--repetition-penalty", 1.5),
+        ("--frequency-penalty", 2),
+        ("--presence-penalty", 2),
+        ("--logit-bias", f"{first}=-inf"),
+        ("--regex", "[a-z ]{200}"),
+    ):
         assert run(STORIES, "Once upon", *options, "--top-k", 0, "--top-p", 1, *changed)["text"] != free
     greedy = run(STORIES, "Once upon", "-n", 60)["text"]
     assert run(STORIES, "Once upon", *options, "--top-k", 1)["text"] == greedy
+
+
+def test_a_banned_token_is_not_said() -> None:
+    first, *_ = run(STORIES, "Once upon", "-n", 3)["tokens"]
+    assert first not in run(STORIES, "Once upon", "-n", 30, "--logit-bias", f"{first}=-inf")["tokens"]
+    for wrong in ("x=1", "5", "5=", "5=nan", "-1=2"):
+        refused = numbainfer("run", STORIES, "Once", "--logit-bias", wrong)
+        assert (refused.code, "logit" in refused.error) == (2, True)
+    assert "not in the model's vocabulary" in numbainfer("run", STORIES, "Once", "--logit-bias", "512=1").error
+
+
+def test_log_probabilities() -> None:
+    told = run(STORIES, "Once upon", "-n", 6, "--logprobs", 3)
+    assert [one["token"] for one in told["logprobs"]] == told["tokens"]
+    assert "".join(one["text"] for one in told["logprobs"]) == told["text"]
+    for one in told["logprobs"]:
+        assert one["top"][0] == {name: one[name] for name in ("token", "text", "logprob")}  # greedy
+        assert 0 >= one["top"][0]["logprob"] >= one["top"][1]["logprob"] >= one["top"][2]["logprob"]
+    assert all(one["top"] == [] for one in run(STORIES, "Once upon", "-n", 6, "--logprobs", 0)["logprobs"])
+    assert numbainfer("run", STORIES, "Once", "--logprobs", 3).error.startswith("--logprobs goes with --json")
+
+
+def test_speculation_says_the_same() -> None:
+    text = "Tom had a red ball. Tom had a red ball. Tom had a red"
+    plain, guessed = (run(STORIES, text, "-n", 60, *speculate) for speculate in ((), ("--speculate",)))
+    assert plain["tokens"] == guessed["tokens"]
+    assert plain["stats"]["drafted_tokens"] == 0
+    assert 0 < guessed["stats"]["accepted_tokens"] <= guessed["stats"]["drafted_tokens"]
+
+
+def test_replies_of_a_given_form(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 3}')
+    (tmp_path / "grammar.lark").write_text('start: "a" | "b"\n')
+    told = json.loads(run(STORIES, "Once", "--json-schema", schema)["text"])
+    assert 2 <= len(told) <= 3
+    assert set(told) <= {1, 2}
+    assert json.loads(run(STORIES, "Once", "--json-schema", '{"const": "x"}')["text"]) == "x"
+    assert run(STORIES, "Once", "--grammar", tmp_path / "grammar.lark")["text"] in ("a", "b")
+    assert re.fullmatch("[bc]{4}", run(STORIES, "Once", "--regex", "[bc]{4}")["text"])
+    for wrong, code in (
+        (("--regex", "("), 1),
+        (("--json-schema", "{"), 1),
+        (("--json-schema", "nowhere.json"), 2),
+        (("--grammar", "nowhere"), 2),
+        (("--regex", "a", "--json-schema", "{}"), 2),
+    ):
+        refused = numbainfer("run", STORIES, "Once", *wrong)
+        assert (refused.code, refused.error != "") == (code, True)
 
 
 def test_max_tokens(models: dict[str, Path]) -> None:

@@ -137,6 +137,7 @@ FLOORS = [
         "chat",
         "chat_bounds",
         "chat_sandbox",
+        "constraints",
         "speculation",
         "engine",
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from numbainfer.errors import NumbaInferError
-from numbainfer.sampling import Sampler, SamplingParams
+from numbainfer.generation import token_logprob
+from numbainfer.sampling import Sampler, SamplingParams, draw, largest, nucleus
 
 Logits = NDArray[np.float32]
 
@@ -19,24 +21,46 @@ def random_logits(seed: int, size: int = 500) -> Logits:
     return (3 * np.random.default_rng(seed).standard_normal(size)).astype(np.float32)
 
 
-def definition(logits: Logits, p: SamplingParams, seen: set[int] = frozenset()) -> NDArray[np.float64]:  # type: ignore[assignment]
-    """The probability of each token, every filter as its paper has it, one after another over the whole vocabulary."""
+def definition(
+    logits: Logits, p: SamplingParams, prompt: Sequence[int] = (), reply: Sequence[int] = ()
+) -> NDArray[np.float64]:
+    """The probability of each token, every step as its paper has it, one after another over the whole vocabulary."""
     x = logits.astype(np.float64)
-    for token in seen:
+    for token, bias in p.logit_bias.items():
+        x[token] += bias
+    for token in {*prompt, *reply}:
         x[token] = x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
+    for token in set(reply):
+        x[token] -= p.frequency_penalty * reply.count(token) + p.presence_penalty
     weights = np.exp((x - x.max()) / p.temperature)
     order = sorted(range(x.size), key=lambda i: (-x[i], i))  # the most likely first, of equals the lower id
+    if p.mirostat_tau > 0:  # at the start: mu = 2 tau
+        shares = weights / weights.sum()
+        weights[[i for i in order[1:] if -math.log2(max(shares[i], 1e-300)) > 2 * p.mirostat_tau]] = 0
+        return weights / weights.sum()
     if p.top_k > 0:
         weights[order[p.top_k :]] = 0
     weights /= weights.sum()
-    reached = 0.0
-    for token in order:  # the smallest set of the most likely that reaches top_p
-        weight = weights[token]
-        if p.top_p < 1 and reached >= p.top_p:
-            weights[token] = 0
-        reached += weight
+    if p.top_p < 1:  # the smallest set of the most likely that reaches top_p
+        weights[keep_until(order, weights, p.top_p)] = 0
     weights[weights < p.min_p * weights.max()] = 0
+    if p.typical_p < 1:  # the same, of those whose surprise is nearest to the entropy
+        weights /= weights.sum()
+        possible = np.flatnonzero(weights)
+        surprise = -np.log(weights[possible])
+        distance = np.abs(surprise - (weights[possible] * surprise).sum())
+        weights[keep_until(possible[np.argsort(distance, kind="stable")].tolist(), weights, p.typical_p)] = 0
     return weights / weights.sum()
+
+
+def keep_until(order: list[int], weights: NDArray[np.float64], share: float) -> list[int]:
+    """What comes after the first of `order` that together have that share of the weights."""
+    reached, dropped = 0.0, []
+    for token in order:
+        if reached >= share * weights.sum():
+            dropped.append(token)
+        reached += weights[token]
+    return dropped
 
 
 class Fixed:
@@ -67,6 +91,14 @@ FILTERS: list[dict[str, Any]] = [
     {"top_k": 40, "top_p": 0.8},
     {"top_k": 40, "min_p": 0.05},
     {"top_k": 100, "top_p": 0.95, "min_p": 0.01, "temperature": 1.7},
+    {"typical_p": 0.5},
+    {"typical_p": 0.95, "temperature": 1.3},
+    {"typical_p": 1e-9},
+    {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.8},
+    {"mirostat_tau": 1.0},
+    {"mirostat_tau": 3.0, "top_k": 3},  # which it replaces
+    {"mirostat_tau": 0.001},
+    {"logit_bias": {7: 9.0, 8: -math.inf, 499: 2.5}, "top_k": 20},
 ]
 
 
@@ -78,14 +110,113 @@ def test_each_filter_keeps_what_its_definition_keeps(filters: dict[str, Any], pe
     params = SamplingParams(**{"temperature": 1.0, **filters}, repetition_penalty=penalty)
     for seed in range(3):
         logits = random_logits(seed)
-        expected = definition(logits, params, {3, 5, 400, int(logits.argmax())})
-        sampler = Sampler(params, [3, 5, 5, 400, int(logits.argmax())])
-        sampler._random = Fixed(draws)  # type: ignore[assignment]
-        counts = np.zeros(logits.size)
-        for _ in range(draws):
-            counts[sampler._choose(logits.copy())] += 1
-        assert np.abs(counts / draws - expected).max() <= 1.01 / draws
+        prompt = [3, 5, 5, 400, int(logits.argmax())]
+        counts = frequencies(params, logits, draws, prompt)
+        expected = definition(logits, params, prompt)
+        assert np.abs(counts - expected).max() <= 1.01 / draws
         assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(expected))
+
+
+def frequencies(
+    params: SamplingParams, logits: Logits, draws: int, prompt: Sequence[int] = (), reply: Sequence[int] = ()
+) -> NDArray[np.float64]:
+    """How often a sampler draws each token, all draws from the same state: after a prompt and a reply."""
+    sampler = Sampler(params, prompt)
+    for token in reply:
+        assert sampler(np.where(np.arange(logits.size) == token, 1e6, 0).astype(np.float32)) == token
+    sampler._random = Fixed(draws)  # type: ignore[assignment]
+    mu = sampler._mu
+    counts = np.zeros(logits.size)
+    for _ in range(draws):
+        sampler._mu = mu
+        counts[sampler._choose(logits.copy())] += 1
+    return counts / draws
+
+
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {"frequency_penalty": 0.7},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": -0.4, "presence_penalty": -0.2},
+        {"frequency_penalty": 0.3, "presence_penalty": 0.5, "repetition_penalty": 1.2, "logit_bias": {5: 1.0}},
+    ],
+    ids=str,
+)
+def test_penalties_for_what_the_reply_has_said(penalties: dict[str, Any]) -> None:
+    params = SamplingParams(temperature=1.0, top_k=60, **penalties)
+    for seed in range(3):
+        logits = random_logits(seed)
+        likely = np.argsort(-logits)[:4].tolist()
+        prompt, reply = [9, likely[3]], [likely[0], likely[0], likely[1], likely[0], 5]
+        expected = definition(logits, params, prompt, reply)
+        assert np.abs(frequencies(params, logits, 400, prompt, reply) - expected).max() <= 1.01 / 400
+
+
+def test_mirostat_holds_the_surprise() -> None:
+    """Over a flat and a steep distribution in turn, the mean surprise in bits is what was asked for."""
+    for tau in (2.0, 4.0):
+        sampler = Sampler(SamplingParams(temperature=1.0, mirostat_tau=tau, seed=1), [])
+        surprises, mus = [], [sampler._mu]
+        for step in range(2000):
+            logits = random_logits(step % 7, 2000) * (1.0 if step % 2 else 0.5)
+            p = np.exp(logits - logits.max(), dtype=np.float64)
+            p /= p.sum()
+            kept = p >= min(2.0 ** -mus[-1], p.max())
+            token = sampler(logits)
+            surprises.append(-math.log2(p[token] / p[kept].sum()))
+            mus.append(sampler._mu)
+            assert mus[-1] == pytest.approx(mus[-2] - 0.1 * (surprises[-1] - tau), abs=1e-4)
+        assert np.mean(surprises) == pytest.approx(tau, abs=0.1)
+
+
+def test_the_largest() -> None:
+    """Against sorting all; with ties, with values that cannot come, in vocabularies of every size."""
+    rng = np.random.default_rng(0)
+    for size in (1, 5, 63, 64, 65, 1000, 5000, 40_000):
+        for values in (rng.standard_normal(size), rng.integers(0, 9, size), np.zeros(size)):
+            values = values.astype(np.float32)  # noqa: PLW2901
+            values[rng.random(size) < 0.1] = -np.inf
+            order = [i for i in np.lexsort((np.arange(size), -values)).tolist() if values[i] > -np.inf]
+            for k in (1, 2, 40, 64, 700, size, size + 5):
+                assert largest(values, k).tolist() == order[:k]
+    sparse = np.full(10_000, -np.inf, np.float32)
+    sparse[[9000, 17]] = 1, 2
+    assert largest(sparse, 50).tolist() == [17, 9000]
+
+
+def test_the_nucleus_grows_as_far_as_it_must() -> None:
+    flat = np.ones(20_000, np.float32)
+    for share in (0.001, 0.02, 0.5, 0.999):
+        assert nucleus(flat, flat, share).tolist() == list(range(math.ceil(share * 20_000)))
+
+
+@pytest.mark.parametrize("size", [1, 511, 512, 513, 20_000])
+def test_draw_is_the_inverse_of_the_cumulative_distribution(size: int) -> None:
+    rng = np.random.default_rng(size)
+    weights = (rng.random(size) * (rng.random(size) < 0.3)).astype(np.float32)
+    weights[rng.integers(size)] = 1
+    reached = np.cumsum(weights, dtype=np.float64) / weights.sum(dtype=np.float64)
+    numbers = np.concatenate([rng.random(500), reached[:300], [0, 1 - 2**-53]])
+    for number in numbers[numbers < 1]:
+        index = draw(weights, number)
+        assert weights[index] > 0
+        before = reached[index - 1] if index else 0
+        assert before - 1e-9 <= number <= reached[index] + 1e-9
+
+
+def test_log_probabilities() -> None:
+    for seed in range(5):
+        logits = random_logits(seed)
+        p = np.exp(logits - logits.max(), dtype=np.float64)
+        p /= p.sum()
+        order = np.argsort(-p, kind="stable")
+        for count in (0, 1, 5):
+            told = token_logprob(logits, 77, count)
+            assert told.token == 77
+            assert told.logprob == pytest.approx(math.log(p[77]), abs=1e-5)
+            assert [token for token, _ in told.top] == order[:count].tolist()
+            assert [value for _, value in told.top] == pytest.approx(np.log(p[order[:count]]).tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_k": 4, "top_p": 0.7}, {"top_p": 0.004}], ids=str)
@@ -114,20 +245,20 @@ def test_draws_follow_the_distribution() -> None:
     assert abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
 
 
-def draw(seed: int | None, count: int = 50) -> list[int]:
+def drawn_with(seed: int | None, count: int = 50) -> list[int]:
     sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), [])
     return [sampler(random_logits(i)) for i in range(count)]
 
 
 def test_seeds() -> None:
-    assert draw(7) == draw(7)
-    assert draw(0) == draw(0)
-    texts = [draw(seed) for seed in (0, 1, 7, 2**32, 2**64 - 1)]
+    assert drawn_with(7) == drawn_with(7)
+    assert drawn_with(0) == drawn_with(0)
+    texts = [drawn_with(seed) for seed in (0, 1, 7, 2**32, 2**64 - 1)]
     assert len({tuple(text) for text in texts}) == len(texts)
     # Without a seed each sampler draws one of its own, and says which.
     samplers = [Sampler(SamplingParams(temperature=1.0), []) for _ in range(2)]
     assert samplers[0].seed != samplers[1].seed
-    assert draw(samplers[0].seed) == [samplers[0](random_logits(i)) for i in range(50)]
+    assert drawn_with(samplers[0].seed) == [samplers[0](random_logits(i)) for i in range(50)]
 
 
 def test_greedy() -> None:
@@ -161,6 +292,9 @@ def test_logits_that_are_not_numbers(bad: float, temperature: float, penalty: fl
             Sampler(params, [7])(logits)
     with pytest.raises(NumbaInferError, match="NaN or infinite logits"):
         Sampler(params, [])(np.full(10, -np.inf, np.float32))
+    banned = SamplingParams(logit_bias=dict.fromkeys(range(10), -np.inf))
+    with pytest.raises(NumbaInferError, match="no token is left to choose"):
+        Sampler(banned, [])(np.zeros(10, np.float32))
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-30, 1e-3])
@@ -187,6 +321,13 @@ def test_tokens_that_cannot_come_are_never_drawn() -> None:
         ("top_p", [0, -0.5, 1.01, math.nan]),
         ("min_p", [-0.01, 1.5, math.nan]),
         ("repetition_penalty", [0, -1.0, math.inf, math.nan]),
+        ("frequency_penalty", [math.inf, math.nan]),
+        ("presence_penalty", [-math.inf, math.nan]),
+        ("typical_p", [0, -0.5, 1.01, math.nan]),
+        ("mirostat_tau", [-1.0, math.inf]),
+        ("mirostat_eta", [0, math.nan]),
+        ("logit_bias", [{-1: 0.0}, {1: math.nan}, {1: math.inf}, [1, 2]]),
+        ("logprobs", [-1, 101]),
         ("max_tokens", [-1]),
         ("seed", [-1, 2**64]),
         ("stop", [("",), ("a", ""), "abc"]),  # a lone text would be taken for its letters

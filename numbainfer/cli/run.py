@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,12 +25,40 @@ if TYPE_CHECKING:
     from numbainfer.device import Device
 
 
+def _biases(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[int, float] | None:
+    found = {}
+    for value in values:
+        token, _, bias = value.partition("=")
+        try:
+            found[int(token)] = float(bias)
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r} is not a token id, = and a number: 123=-5 or 123=-inf") from error
+    return found or None
+
+
+def _read(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
+    try:
+        return None if path is None else Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{path} is not UTF-8 text") from error
+
+
+def _schema(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A schema as it is, or from a file."""
+    if value is None or value.lstrip().startswith("{"):
+        return value
+    if not Path(value).is_file():
+        raise click.BadParameter(f"{value!r} is neither JSON that begins with {{ nor a file")
+    return _read(ctx, param, value)
+
+
 @command(
     "Generate text, answer a prompt, or chat.",
     examples="""
 numbainfer run "Once upon a time" --temperature 0.8
 numbainfer run model.gguf "Why is the sky blue?" -n 200
 cat question.txt | numbainfer run ./model -
+numbainfer run ./model "Name and age of Ada" --json-schema '{"type": "object"}'
 numbainfer run ./model -i
 """,
 )
@@ -74,12 +103,73 @@ numbainfer run ./model -i
     section="Sampling",
 )
 @option(
+    "--typical-p",
+    type=float,
+    metavar="X",
+    help="The least surprising that together reach this [default: 1].",
+    section="Sampling",
+)
+@option(
+    "--mirostat",
+    "mirostat_tau",
+    type=float,
+    metavar="TAU",
+    help="Hold this surprise, in bits, instead of the filters above; 0: off [default: 0].",
+    section="Sampling",
+)
+@option(
     "--repetition-penalty",
     type=float,
     metavar="X",
     help="Above 1: tokens that were there get less likely [default: 1].",
+    section="Sampling",
+)
+@option(
+    "--frequency-penalty",
+    type=float,
+    metavar="X",
+    help="Taken off a token's logit for each time that the reply has it [default: 0].",
+    section="Sampling",
+)
+@option(
+    "--presence-penalty",
+    type=float,
+    metavar="X",
+    help="Taken off a token's logit if the reply has it at all [default: 0].",
+    section="Sampling",
+)
+@option(
+    "--logit-bias",
+    multiple=True,
+    metavar="ID=X",
+    callback=_biases,
+    help="Added to the logit of a token id; -inf bans it (repeatable).",
+    section="Sampling",
 )
 @option("--seed", type=click.IntRange(0), metavar="N", help="Same seed, same text.", section="Sampling")
+@option(
+    "--json-schema",
+    metavar="JSON|FILE",
+    callback=_schema,
+    help="Reply with JSON that fits this schema; {} for any JSON.",
+    section="Form of the reply",
+)
+@option("--regex", metavar="RE", help="Reply with what this matches from start to end.", section="Form of the reply")
+@option(
+    "--grammar",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    callback=_read,
+    help="Reply with what this grammar describes, as Lark writes them.",
+    section="Form of the reply",
+)
+@option(
+    "--logprobs",
+    type=click.IntRange(0),
+    metavar="N",
+    help="With --json: log-probabilities of each token and of the N most likely ones.",
+)
+@option("--speculate", is_flag=True, help="Guess what the text has said before: same reply, faster if it repeats.")
 @option("--system", metavar="TEXT", help="The system message of a chat model.")
 @option("--stop", multiple=True, metavar="STR", help="Text that ends the reply (repeatable).")
 @threads_option
@@ -103,6 +193,7 @@ def run(
     interactive: bool,
     stats: bool,
     as_json: bool,
+    speculate: bool,
     stop: tuple[str, ...],
     **sampling: Any,
 ) -> None:
@@ -123,6 +214,8 @@ def run(
         SamplingParams(**given, max_tokens=max_tokens, stop=stop)
     except NumbaInferError as error:
         raise click.UsageError(str(error)) from error
+    if given.get("logprobs") is not None and not as_json:
+        raise click.UsageError("--logprobs goes with --json")
     if interactive and as_json:
         raise click.UsageError("--json and --interactive don't go together")
     if model is not None:
@@ -143,6 +236,7 @@ def run(
             tokenizer=tokenizer,
             progress=progress,
         )
+    loaded.engine.speculate = speculate
     session = Session(loaded, raw=raw, system=system, max_tokens=max_tokens, stop=stop, sampling=given)
     if interactive:
         chat_loop(session, prompt, show_statistics=stats)
