@@ -21,7 +21,7 @@ def test_compiles(kernel: Kernel, capability: tuple[int, int]) -> None:
     cubin = kernel.cubin(capability)
     assert cubin.code[:4] == b"\x7fELF"
     assert kernel.symbol.encode() in cubin.code
-    assert 0 < cubin.registers * kernel.threads * max(1, kernel.blocks) <= REGISTERS
+    assert 0 < cubin.registers * kernel.threads * max(1, kernel.blocks if capability >= (9, 0) else 1) <= REGISTERS
     assert cubin.shared <= STATIC_SHARED
     assert cubin.spills == 0
     if kernel.hot:

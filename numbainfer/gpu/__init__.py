@@ -1,1 +1,58 @@
-"""The operators on NVIDIA GPUs, compiled by Numba (numba-cuda)."""
+"""The operators on NVIDIA GPUs, compiled by numba-cuda. See registry.py for what each one does."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from numbainfer.device import Device
+from numbainfer.gpu.attention import attention
+from numbainfer.gpu.bandwidth import BandwidthProbe
+from numbainfer.gpu.driver import open_gpu
+from numbainfer.gpu.elementwise import add, embedding, rmsnorm, softmax, swiglu
+from numbainfer.gpu.experts import combine, group_by_expert, linear_experts, route
+from numbainfer.gpu.launch import Stream
+from numbainfer.gpu.linear_float import linear
+from numbainfer.gpu.memory import DeviceAllocator
+from numbainfer.gpu.quantize import quantize, quantize_matrix
+from numbainfer.gpu.rope import rope, rope_and_store
+from numbainfer.gpu.select import argmax, top_k
+from numbainfer.memory import Allocator
+
+__all__ = [
+    "BandwidthProbe",
+    "add",
+    "argmax",
+    "attention",
+    "combine",
+    "embedding",
+    "group_by_expert",
+    "linear",
+    "linear_experts",
+    "open_allocator",
+    "open_stream",
+    "quantize",
+    "quantize_matrix",
+    "rmsnorm",
+    "rope",
+    "rope_and_store",
+    "route",
+    "softmax",
+    "swiglu",
+    "top_k",
+]
+
+
+@cache
+def _stream(index: int) -> Stream:
+    return Stream(open_gpu(index))
+
+
+def open_stream(device: Device, threads: int | None) -> Stream:
+    """The stream of a GPU: one for all, so that arrays of one binding are in order with kernels of another."""
+    return _stream(device.index)
+
+
+def open_allocator(device: Device) -> Allocator:
+    """Memory of a GPU."""
+    stream = _stream(device.index)
+    return DeviceAllocator(stream.gpu, stream.copier)

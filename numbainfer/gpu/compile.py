@@ -44,7 +44,7 @@ compiled_seconds = 0.0
 on_first_compile: Callable[[], None] | None = None
 """Called once before the first kernel of this process is compiled (the command line prints a line)."""
 
-MODULES = ["elementwise", "quantize"]
+MODULES = ["elementwise", "quantize", "select", "rope", "attention", "linear_float", "linear_int8", "experts", "bandwidth"]
 """Where kernels are, for what goes over all of them (tests)."""
 
 
@@ -112,7 +112,8 @@ class Kernel:
 
     def ptx(self, capability: tuple[int, int]) -> str:
         """The kernel in PTX."""
-        bounds = (self.threads, self.blocks) if self.blocks else self.threads
+        # Blocks of different kernels share a multiprocessor by dependent launch, which sm_80 has not.
+        bounds = (self.threads, self.blocks) if self.blocks and capability >= (9, 0) else self.threads
         kinds = tuple(TYPES[p] for p in self.parameters)
         with _compiling_for(capability):
             text, _ = cuda.compile_ptx(

@@ -10,6 +10,7 @@ from numpy import float32
 
 from numbainfer.gpu.compile import family, kernel
 from numbainfer.gpu.launch import Stream
+from numbainfer.gpu.linear_int8 import HeldLinear
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import advance, half_to_float, wait_for_previous_kernel
 from numbainfer.gpu.quantize import quantize_rows
@@ -103,6 +104,14 @@ def swiglu(stream: Stream, gate_up: DeviceArray, out: DeviceArray | QuantizedRow
     if out.shape != (tokens, width):
         raise ValueError(f"swiglu: gate_up {gate_up.shape}, out {out.shape} do not fit")
     if isinstance(out, QuantizedRows):
+        held = stream.take_held()
+        if isinstance(held, HeldLinear) and held.out.pointer == gate_up.pointer and tokens == 1:
+            hidden = stream.scratch("hidden", (1, width))
+            held.launch_gated(hidden)
+            quantize_rows(stream, "plain", hidden, None, 0.0, out)
+            return
+        if held is not None:
+            held.launch()
         quantize_rows(stream, "swiglu", gate_up, None, 0.0, out)
     else:
         stream.launch(_swiglu, (tokens, -(-width // THREADS)), gate_up, width, out)

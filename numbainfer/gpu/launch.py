@@ -14,6 +14,7 @@ import ctypes
 import struct
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,6 +43,7 @@ class Program:
 
     def run(self) -> None:
         """Queues all launches, in order; returns at once."""
+        self._stream.flush()
         self._stream.enter()
         check(self._stream.driver.cuGraphLaunch(self._executable, self._stream.handle))
 
@@ -51,6 +53,14 @@ class Program:
         self._executable = check(driver.cuGraphInstantiate(graph, 0))
         check(driver.cuGraphDestroy(graph))
         self._finalizer = weakref.finalize(self, driver.cuGraphExecDestroy, self._executable)
+
+
+class Held(ABC):
+    """A launch that waits for the next operator, which may make one kernel of both. Any other sends it off first."""
+
+    @abstractmethod
+    def launch(self) -> None:
+        """Launches it as it is."""
 
 
 class Stream:
@@ -63,11 +73,12 @@ class Stream:
         self.driver = load_driver()
         self._thread = threading.get_ident()
         self.handle = check(self.driver.cuStreamCreate(self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
-        self.copier = Copier(gpu, self.handle)
+        self.copier = Copier(gpu, self.handle, self.flush)
         self._functions: dict[Kernel, Any] = {}
         self._modules: list[Any] = []
         self._shared: dict[Kernel, int] = {}
         self._capturing: Program | None = None
+        self._held: Held | None = None
         self._scratch: dict[str, DeviceArray] = {}
 
     @property
@@ -81,8 +92,25 @@ class Stream:
             self._thread = threading.get_ident()
             self.gpu.make_current()
 
+    def hold(self, held: Held) -> None:
+        """Keeps a launch until the next operator."""
+        self.flush()
+        self._held = held
+
+    def take_held(self) -> Held | None:
+        """The launch that waits, for who makes a part of another of it (or launches it)."""
+        held, self._held = self._held, None
+        return held
+
+    def flush(self) -> None:
+        """Sends off the launch that waits, if there is one."""
+        held = self.take_held()
+        if held is not None:
+            held.launch()
+
     def synchronize(self) -> None:
         """Waits until all that was queued is done."""
+        self.flush()
         self.enter()
         check(self.driver.cuStreamSynchronize(self.handle))
 
@@ -91,6 +119,7 @@ class Stream:
 
         shared: bytes of dynamic shared memory. threads: of a block, where fewer than the kernel's will do.
         """
+        self.flush()
         self.enter()
         function = self._load(kernel, shared)
         x, y, z = (*(grid if isinstance(grid, tuple) else (grid,)), 1, 1)[:3]
@@ -129,13 +158,16 @@ class Stream:
     @contextmanager
     def capture(self) -> Iterator[Program]:
         """Inside the with block launches are recorded, not run; then the program can be run."""
+        self.flush()
         self.enter()
         mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED  # scratch may be allocated meanwhile
         program = self._capturing = Program(self)
         check(self.driver.cuStreamBeginCapture(self.handle, mode))
         try:
             yield program
+            self.flush()
         except BaseException:
+            self._held = None
             self.driver.cuStreamEndCapture(self.handle)
             raise
         finally:

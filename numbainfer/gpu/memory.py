@@ -138,10 +138,10 @@ def _free_pinned(pointer: int) -> None:
 
 
 class Copier:
-    """Copies between host and device on one stream."""
+    """Copies between host and device on one stream. before: called ahead of every copy."""
 
-    def __init__(self, gpu: Gpu, stream: Any) -> None:
-        self._gpu, self._stream, self._driver = gpu, stream, load_driver()
+    def __init__(self, gpu: Gpu, stream: Any, before: Callable[[], None]) -> None:
+        self._gpu, self._stream, self._before, self._driver = gpu, stream, before, load_driver()
         self._stages: list[tuple[PinnedArray, Any]] = []  # staging buffers, each with an event: the last copy from it
         self._turn = 0
 
@@ -149,6 +149,7 @@ class Copier:
         """Queues a copy; the host's memory may be changed as soon as this returns."""
         if host.size == 0:
             return
+        self._before()
         if not host.flags.c_contiguous:
             host = np.ascontiguousarray(host)
         if host.nbytes <= 1 << 16:  # the driver takes its own copy of so little
@@ -161,6 +162,7 @@ class Copier:
         """As to_device, piece by piece: yields the bytes copied so far. What a mapped file holds is read on the way
         into one staging buffer while the other one is copied from."""
         driver = self._driver
+        self._before()
         if not self._stages:
             flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
             self._stages = [(PinnedArray(_STAGE, np.uint8), check(driver.cuEventCreate(flags))) for _ in range(2)]
@@ -177,6 +179,7 @@ class Copier:
 
     def to_host(self, source: DeviceArray) -> np.ndarray:
         """A copy of a device array, after all that was queued before it."""
+        self._before()
         out = np.empty(source.shape, source.dtype)
         if out.size:
             check(self._driver.cuMemcpyDtoHAsync(out.ctypes.data, source.pointer, out.nbytes, self._stream))
@@ -185,6 +188,7 @@ class Copier:
 
     def to_pinned(self, source: DeviceArray, target: PinnedArray) -> None:
         """Queues a copy; the values are there once what was queued is done."""
+        self._before()
         check(self._driver.cuMemcpyDtoHAsync(target.pointer, source.pointer, source.nbytes, self._stream))
 
     def release(self) -> None:
@@ -198,8 +202,8 @@ class Copier:
 class DeviceAllocator:
     """memory.Allocator of one GPU."""
 
-    def __init__(self, gpu: Gpu, copier: Copier, synchronize: Callable[[], None]) -> None:
-        self._gpu, self._copier, self._synchronize = gpu, copier, synchronize
+    def __init__(self, gpu: Gpu, copier: Copier) -> None:
+        self._gpu, self._copier = gpu, copier
 
     def allocate(self, nbytes: int) -> Block:
         """Device memory, aligned to 256 bytes; MemoryError if there is none."""

@@ -12,7 +12,7 @@ from numba import cuda
 from numpy import float32, int8, int32, int64, uint16
 
 from numbainfer.gpu.compile import device_function, family, kernel
-from numbainfer.gpu.launch import Stream
+from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import (
     address,
@@ -109,12 +109,37 @@ def _quantize_rows(kind: str, planes: int):
     return quantize_rows
 
 
+class HeldRows(Held):
+    """The quantization of one token's row, not launched yet: a product may follow and do it by itself.
+
+    kind: "plain" or "norm"; x [1, width], with the norm's weight and eps.
+    """
+
+    def __init__(
+        self, stream: Stream, kind: str, x: DeviceArray, weight: DeviceArray | None, eps: float, out: QuantizedRows
+    ) -> None:
+        self.stream, self.kind, self.x, self.weight, self.eps, self.out = stream, kind, x, weight, eps, out
+
+    def launch(self) -> None:
+        """Quantizes."""
+        _launch(self.stream, self.kind, self.x, self.weight, self.eps, self.out)
+
+
 def quantize_rows(
     stream: Stream, kind: str, x: DeviceArray, weight: DeviceArray | None, eps: float, out: QuantizedRows
 ) -> None:
     """Quantizes x ("plain"), its RMSNorm ("norm") or SwiGLU ("swiglu": x is gate_up). A block is a part of a row."""
+    check_rows(out, *out.shape)
+    if out.tokens == 1 and kind != "swiglu":
+        stream.hold(HeldRows(stream, kind, x, weight, eps, out))
+    else:
+        _launch(stream, kind, x, weight, eps, out)
+
+
+def _launch(
+    stream: Stream, kind: str, x: DeviceArray, weight: DeviceArray | None, eps: float, out: QuantizedRows
+) -> None:
     tokens, width = out.shape
-    check_rows(out, tokens, width)
     parts = 1 if kind == "norm" else max(1, width // out.group // 16)
     arrays = (x, weight, width, eps, out.group, out.codes, out.stride, out.scales, out.sums)
     stream.launch(_quantize_rows(kind, out.planes), (tokens, parts), *arrays)

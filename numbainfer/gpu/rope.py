@@ -1,0 +1,144 @@
+"""Rotary position embedding, and the step between the QKV product and attention."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import cuda
+from numpy import float32
+
+from numbainfer.gpu.compile import device_function, family, kernel
+from numbainfer.gpu.launch import Stream
+from numbainfer.gpu.memory import DeviceArray
+from numbainfer.gpu.ptx import advance, float_to_half, wait_for_previous_kernel
+from numbainfer.gpu.reduce import block_sum
+
+PAGE = 64
+THREADS = 128
+
+
+@device_function
+def rotated(head, i, half, cos, sin):
+    """Element i of a head after the rotation by a position's angles; cos, sin [half]."""
+    if i < half:
+        return head[i] * cos[i] - head[i + half] * sin[i]
+    if i < 2 * half:
+        return head[i] * cos[i - half] + head[i - half] * sin[i - half]
+    return head[i]
+
+
+@kernel("f32p i32 i32 i32p f32p f32p i32", threads=THREADS)
+def _rope(x, heads, head_dim, positions, cos, sin, half):
+    wait_for_previous_kernel()
+    token, h = cuda.blockIdx.x, cuda.blockIdx.y
+    head, row = advance(x, (token * heads + h) * head_dim), positions[token] * half
+    for i in range(cuda.threadIdx.x, half, THREADS):
+        first, second = head[i], head[i + half]
+        head[i] = first * cos[row + i] - second * sin[row + i]
+        head[i + half] = second * cos[row + i] + first * sin[row + i]
+
+
+def rope(
+    stream: Stream, x: DeviceArray, heads: int, positions: DeviceArray, cos: DeviceArray, sin: DeviceArray
+) -> None:
+    """See registry.rope."""
+    tokens, head_dim = x.shape[0], x.shape[1] // heads
+    if x.shape[1] != heads * head_dim or 2 * cos.shape[1] > head_dim:
+        raise ValueError(f"rope: x {x.shape} of {heads} heads, tables {cos.shape}")
+    stream.launch(_rope, (tokens, heads), x, heads, head_dim, positions, cos, sin, cos.shape[1])
+
+
+@device_function
+def put_f32(pages, i, value):
+    """pages[i] = value"""
+    pages[i] = value
+
+
+@device_function
+def put_f16(pages, i, value):
+    """pages[i] = value as float16, to nearest even; saturated. NaN stays NaN: comparisons with it are false."""
+    value = float32(65504) if value > float32(65504) else value
+    value = float32(-65504) if value < float32(-65504) else value
+    pages[i] = float_to_half(value)
+
+
+@family(("float32",), ("float16",))
+def _rope_and_store(dtype: str):
+    pages, put = ("f32p", put_f32) if dtype == "float32" else ("u16p", put_f16)
+
+    @kernel(f"f32p i32 i32 i32 f32p f32p i32 f32 i32p i32p f32p f32p i32 {pages} {pages} i32p i32", threads=THREADS)
+    def rope_and_store(
+        qkv, heads, kv_heads, head_dim, q_norm, k_norm, normed, eps, positions, sequences, cos, sin, half,
+        k_pages, v_pages, page_table, pages_per_sequence,
+    ):  # fmt: skip
+        # A block is one head of one token: query heads first, then those of keys and of values.
+        wait_for_previous_kernel()
+        partial, turned = cuda.shared.array(32, float32), cuda.shared.array(512, float32)
+        token, h, thread = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
+        head = advance(qkv, (token * (heads + 2 * kv_heads) + h) * head_dim)
+        position = positions[token]
+        if h < heads + kv_heads:
+            factor = float32(1)
+            if normed:
+                squares = float32(0)
+                for i in range(thread, head_dim, THREADS):
+                    squares += head[i] * head[i]
+                factor = float32(1) / math.sqrt(block_sum(squares, partial) / float32(head_dim) + eps)
+            for i in range(thread, head_dim, THREADS):
+                weight = float32(1)
+                if normed:
+                    weight = q_norm[i] if h < heads else k_norm[i]
+                turned[i] = head[i] * factor * weight
+            cuda.syncthreads()
+            row = position * half
+            for i in range(thread, head_dim, THREADS):
+                head[i] = rotated(turned, i, half, advance(cos, row), advance(sin, row))
+            cuda.syncthreads()
+        if h >= heads:
+            target, g = (k_pages, h - heads) if h < heads + kv_heads else (v_pages, h - heads - kv_heads)
+            page = page_table[sequences[token] * pages_per_sequence + position // PAGE]
+            slot = ((page * kv_heads + g) * PAGE + position % PAGE) * head_dim
+            for i in range(thread, head_dim, THREADS):
+                put(target, slot + i, head[i])
+
+    return rope_and_store
+
+
+def rope_and_store(
+    stream: Stream,
+    qkv: DeviceArray,
+    heads: int,
+    q_norm: DeviceArray | None,
+    k_norm: DeviceArray | None,
+    eps: float,
+    positions: DeviceArray,
+    sequences: DeviceArray,
+    cos: DeviceArray | None,
+    sin: DeviceArray | None,
+    k_pages: DeviceArray,
+    v_pages: DeviceArray,
+    page_table: DeviceArray,
+) -> None:
+    """See registry.rope_and_store."""
+    kv_heads, head_dim = check_pages(qkv, heads, k_pages, v_pages)
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("rope_and_store: q_norm and k_norm come together")
+    half = 0 if cos is None else cos.shape[1]
+    if 2 * half > head_dim:
+        raise ValueError(f"rope_and_store: heads of {head_dim}, tables of {half} pairs")
+    stream.launch(
+        _rope_and_store(str(k_pages.dtype)),
+        *((qkv.shape[0], heads + 2 * kv_heads), qkv, heads, kv_heads, head_dim, q_norm, k_norm),
+        *(int(q_norm is not None), eps, positions, sequences, cos, sin, half),
+        *(k_pages, v_pages, page_table, page_table.shape[1]),
+    )
+
+
+def check_pages(qkv: DeviceArray, heads: int, k_pages: DeviceArray, v_pages: DeviceArray) -> tuple[int, int]:
+    """(kv_heads, head_dim), after checking that qkv [T, (H + 2 K) d] and the pages [P, K, 64, d] agree."""
+    _, kv_heads, slots, head_dim = k_pages.shape
+    fits = k_pages.shape == v_pages.shape and slots == PAGE and heads % kv_heads == 0 and head_dim <= 512
+    if not fits or qkv.shape[1] != (heads + 2 * kv_heads) * head_dim or k_pages.dtype not in (np.float32, np.float16):
+        raise ValueError(f"qkv {qkv.shape} of {heads} heads and pages {k_pages.shape}, {v_pages.shape} do not fit")
+    return kv_heads, head_dim
