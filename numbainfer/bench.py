@@ -18,7 +18,7 @@ import numpy as np
 
 from numbainfer._version import __version__
 from numbainfer.checkpoint import Weights
-from numbainfer.device import Device, cpu_name, peak_memory_bytes
+from numbainfer.device import Device, peak_memory_bytes
 from numbainfer.errors import NumbaInferError
 from numbainfer.model import Model
 from numbainfer.progress import Progress, silent
@@ -139,7 +139,7 @@ class Bench:
             "params": parameter_count(weights.config),
             "weight_bytes": weights.nbytes,
             "device": str(self.ops.device),
-            "device_name": cpu_name(),
+            "device_name": self.ops.backend.device_name(self.ops.device),
             "threads": self.ops.stream.threads,
             "test": str(test),
             "repetitions": len(seconds),

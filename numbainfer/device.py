@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import os
 import platform
 import re
@@ -24,12 +26,34 @@ class Device:
     @classmethod
     def parse(cls, text: str) -> Device:
         """From "auto", "cpu", "cuda" or "cuda:1"."""
-        if text in ("auto", "cpu"):
+        if text == "cpu" or (text == "auto" and not cuda_works()):
             return cls("cpu")
+        if text == "auto":
+            return cls("cuda")
         match = re.fullmatch(r"cuda(?::(\d+))?", text)
         if match is None:
             raise NumbaInferError(f"unknown device {text!r}: say auto, cpu, cuda or cuda:N")
         return cls("cuda", int(match[1] or 0))
+
+
+def cuda_works() -> bool:
+    """Whether `--device cuda` would run: the gpu extra's packages, a driver for CUDA 13.0, a GPU from Ampere on.
+
+    Asks the driver's library itself, so that a machine without one pays nothing. gpu/driver.py says what is missing.
+    """
+    if any(importlib.util.find_spec(package) is None for package in ("numba_cuda", "cuda")):
+        return False
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        number, device = ctypes.c_int(), ctypes.c_int()
+        if driver.cuInit(0) or driver.cuDriverGetVersion(ctypes.byref(number)) or number.value < 13000:
+            return False
+        if driver.cuDeviceGet(ctypes.byref(device), 0):
+            return False
+        major = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+        return driver.cuDeviceGetAttribute(ctypes.byref(number), major, device) == 0 and number.value >= 8
+    except (OSError, AttributeError):
+        return False
 
 
 def cpu_name() -> str:

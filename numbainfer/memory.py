@@ -27,6 +27,9 @@ class Allocator(Protocol):
     def view(self, block: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         """An array over the start of a block."""
 
+    def free_memory(self) -> int | None:
+        """Bytes that could still be allocated; None where nobody knows."""
+
 
 class HostAllocator:
     """Main memory, through NumPy."""
@@ -41,6 +44,9 @@ class HostAllocator:
 
     def view(self, block: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return block[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+    def free_memory(self) -> None:
+        return None
 
 
 @dataclass
@@ -118,10 +124,11 @@ class MemoryPool:
         try:
             return self._allocator.allocate(size)
         except MemoryError:
-            held = self.statistics.in_use
+            free = self._allocator.free_memory()
+            said = "" if free is None else f" and {free / 2**20:.0f} MiB free"
             raise NumbaInferError(
-                f"out of memory: asked for {size / 2**20:.0f} MiB with {held / 2**20:.0f} MiB in use; "
-                "lower --ctx-size or take a smaller model"
+                f"out of memory: asked for {size / 2**20:.0f} MiB with {self.statistics.in_use / 2**20:.0f} MiB in "
+                f"use{said}; lower --ctx-size or take a smaller model"
             ) from None
 
 

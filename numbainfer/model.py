@@ -15,7 +15,7 @@ import numpy as np
 
 from numbainfer.checkpoint import Weights
 from numbainfer.kv_cache import KVCache
-from numbainfer.quantization import AnyMatrix, Matrix, QuantizedRows
+from numbainfer.quantization import AnyMatrix, Matrix, QuantizedMatrix, QuantizedRows
 from numbainfer.registry import Operators
 from numbainfer.specs import layer_specs
 
@@ -41,6 +41,49 @@ class Layer:
     down_bias: Any  # [D]
 
 
+class UploadedWeights:
+    """Weights put on a device as they are asked for (checkpoint.Weights)."""
+
+    def __init__(self, ops: Operators, weights: Weights) -> None:
+        self.config, self.name = weights.config, weights.name
+        self._ops, self._weights, self._held = ops, weights, list[Any]()
+
+    def matrix(self, names: Sequence[str]) -> AnyMatrix:
+        """See checkpoint.Weights."""
+        host = self._weights.matrix(names)
+        matrix = self._ops.upload(host)
+        if isinstance(matrix, QuantizedMatrix) and isinstance(host, QuantizedMatrix):
+            self._hold(matrix.codes, host.codes)
+            self._hold(matrix.scales, host.scales)
+        elif isinstance(host, Matrix):
+            self._hold(matrix.data, host.data)
+        return matrix
+
+    def vector(self, names: Sequence[str]) -> Any:
+        """See checkpoint.Weights."""
+        return self.array(self._weights.vector(names))
+
+    def array(self, host: np.ndarray) -> Any:
+        """An array on the device."""
+        return self._hold(self._ops.upload(host), host)
+
+    def _hold(self, array: Any, host: np.ndarray) -> Any:
+        if array is not host:  # a copy, from the pool
+            self._held.append(array)
+        return array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self._weights.nbytes
+
+    def release(self) -> None:
+        """Gives the copies back to the pool."""
+        for array in self._held:
+            self._ops.pool.release(array)
+        self._held = []
+
+
 class Model:
     """Weights, KV cache and workspace on one device; `step` runs tokens through them.
 
@@ -61,6 +104,7 @@ class Model:
         self.config = config = weights.config
         self.chunk = min(chunk, max(ctx_size, sequences))  # a token of each sequence fits too
         self.eager = eager
+        weights = self._weights = UploadedWeights(ops, weights)
         self.layers = list(_layers(weights))
         self.embedding = weights.matrix(["model.embed_tokens.weight"])
         self.norm = weights.vector(["model.norm.weight"])
@@ -70,7 +114,9 @@ class Model:
         dtype = np.float32 if exact else np.float16
         self.cache = KVCache(ops.pool, config, ctx_size, dtype=dtype, sequences=sequences)
         angles = np.arange(ctx_size, dtype=np.float32)[:, None] * config.inverse_frequencies()
-        self.cos, self.sin = np.cos(angles), np.sin(angles)  # [positions, d / 2] float32
+        self.cos, self.sin = (
+            weights.array(table) for table in (np.cos(angles), np.sin(angles))
+        )  # [positions, d / 2] float32
         self._programs: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._allocate()
 
@@ -116,7 +162,7 @@ class Model:
             self._walk(T, rows)
         else:
             self._program(T, rows).run()
-        return self._logits[:rows] if rows else None
+        return self.ops.download(self._logits[:rows]) if rows else None
 
     def release(self) -> None:
         """Gives the cache and the workspace back to the pool; the model can't run any more."""
@@ -126,6 +172,7 @@ class Model:
             buffer.release(self.ops.pool) if isinstance(buffer, QuantizedRows) else self.ops.pool.release(buffer)
         for array in (self._tokens, self._positions, self._sequences, self._x, self._qkv, self._gate_up, self._logits):
             self.ops.pool.release(array)
+        self._weights.release()
 
     def _program(self, T: int, rows: int) -> Any:
         program = self._programs.get((T, rows))

@@ -16,11 +16,15 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numbainfer.device import Device
 from numbainfer.errors import NumbaInferError
 from numbainfer.memory import MemoryPool
+from numbainfer.quantization import Matrix, QuantizedMatrix
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CONTRACTS: dict[str, Callable] = {}
 
@@ -219,6 +223,9 @@ MIXTURE = ("route", "group_by_expert", "linear_experts", "combine")
 #   open_stream(device, threads) -> a stream: .threads, .capture() -> a program with .run(),
 #       .time(programs) -> seconds that each takes on the device, run once in this order
 #   open_allocator(device) -> a memory.Allocator
+#   upload(pool, array) -> a NumPy array's values on the device: the array itself where that is possible
+#   download(stream, array) -> a device's array as a NumPy array, which lives until the next download
+#   device_name(device) -> what the device calls itself
 #   BandwidthProbe(stream) -> .measure() gives the memory read bandwidth in bytes/s
 _BACKENDS = {"cpu": "numbainfer.cpu", "cuda": "numbainfer.gpu"}
 
@@ -226,9 +233,22 @@ _BACKENDS = {"cpu": "numbainfer.cpu", "cuda": "numbainfer.gpu"}
 class Operators(SimpleNamespace):
     """All operators bound to one device, and the device's `stream`, `pool` and `device`."""
 
+    backend: ModuleType
     stream: Any
     pool: MemoryPool
     device: Device
+
+    def upload(self, value: Any) -> Any:
+        """A NumPy array or a matrix of such, on the device; None stays None. Weights of the CPU stay where they are."""
+        if isinstance(value, Matrix):
+            return Matrix(self.upload(value.data))
+        if isinstance(value, QuantizedMatrix):
+            return QuantizedMatrix(self.upload(value.codes), self.upload(value.scales), value.group)
+        return None if value is None else self.backend.upload(self.pool, value)
+
+    def download(self, array: Any) -> np.ndarray:
+        """A device's array as a NumPy array, after all that was launched; it lives until the next download."""
+        return self.backend.download(self.stream, array)
 
     def __getattr__(self, name: str) -> Any:  # only for the type checker: operators are set by bind()
         raise AttributeError(name)
@@ -236,7 +256,14 @@ class Operators(SimpleNamespace):
 
 def backend(kind: str) -> ModuleType:
     """The package that implements the operators for a kind of device ("cpu", "cuda")."""
-    module = importlib.import_module(_BACKENDS[kind])
+    try:
+        module = importlib.import_module(_BACKENDS[kind])
+    except ImportError as error:
+        if kind != "cuda":
+            raise
+        raise NumbaInferError(
+            f'--device cuda needs the GPU packages ({error}): pip install "numbainfer[gpu]", or use --device cpu'
+        ) from error
     missing = [name for name in CONTRACTS if not hasattr(module, name) and name not in MIXTURE]
     if missing:
         raise NumbaInferError(f"{kind} does not run in this version of numbainfer; use --device cpu")
@@ -249,7 +276,7 @@ def bind(device: Device, threads: int | None = None) -> Operators:
     stream = module.open_stream(device, threads)
     bound = {name: partial(getattr(module, name, None) or _refusal(device), stream) for name in CONTRACTS}
     pool = MemoryPool(module.open_allocator(device))
-    return Operators(stream=stream, pool=pool, device=device, **bound)
+    return Operators(backend=module, stream=stream, pool=pool, device=device, **bound)
 
 
 def _refusal(device: Device) -> Callable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from numbainfer.cpu.attention import attention
 from numbainfer.cpu.bandwidth import BandwidthProbe
 from numbainfer.cpu.elementwise import add, embedding, rmsnorm, softmax, swiglu
@@ -11,9 +13,9 @@ from numbainfer.cpu.linear_float import linear
 from numbainfer.cpu.quantize import quantize, quantize_matrix
 from numbainfer.cpu.rope import rope, rope_and_store
 from numbainfer.cpu.select import argmax, top_k
-from numbainfer.device import Device, physical_cores
+from numbainfer.device import Device, cpu_name, physical_cores
 from numbainfer.errors import NumbaInferError
-from numbainfer.memory import Allocator, HostAllocator
+from numbainfer.memory import Allocator, HostAllocator, MemoryPool
 
 __all__ = [
     "BandwidthProbe",
@@ -21,6 +23,8 @@ __all__ = [
     "argmax",
     "attention",
     "combine",
+    "device_name",
+    "download",
     "embedding",
     "group_by_expert",
     "linear",
@@ -36,6 +40,7 @@ __all__ = [
     "softmax",
     "swiglu",
     "top_k",
+    "upload",
 ]
 
 
@@ -47,6 +52,21 @@ def open_stream(device: Device, threads: int | None) -> Stream:
     if threads is not None and not 1 <= threads <= limit:
         raise NumbaInferError(f"--threads {threads}: this machine offers 1 to {limit}")
     return Stream(threads or min(physical_cores(), limit))
+
+
+def upload(pool: MemoryPool, array: np.ndarray) -> np.ndarray:
+    """Host memory is the device's: the array itself, mapped from a file or not."""
+    return array
+
+
+def download(stream: Stream, array: np.ndarray) -> np.ndarray:
+    """The array itself."""
+    return array
+
+
+def device_name(device: Device) -> str:
+    """The CPU's name."""
+    return cpu_name()
 
 
 def open_allocator(device: Device) -> Allocator:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
+
 from numbainfer.device import Device
 from numbainfer.gpu.attention import attention
 from numbainfer.gpu.bandwidth import BandwidthProbe
@@ -12,11 +14,11 @@ from numbainfer.gpu.elementwise import add, embedding, rmsnorm, softmax, swiglu
 from numbainfer.gpu.experts import combine, group_by_expert, linear_experts, route
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.linear_float import linear
-from numbainfer.gpu.memory import DeviceAllocator
+from numbainfer.gpu.memory import DeviceAllocator, DeviceArray
 from numbainfer.gpu.quantize import quantize, quantize_matrix
 from numbainfer.gpu.rope import rope, rope_and_store
 from numbainfer.gpu.select import argmax, top_k
-from numbainfer.memory import Allocator
+from numbainfer.memory import Allocator, MemoryPool
 
 __all__ = [
     "BandwidthProbe",
@@ -24,6 +26,8 @@ __all__ = [
     "argmax",
     "attention",
     "combine",
+    "device_name",
+    "download",
     "embedding",
     "group_by_expert",
     "linear",
@@ -39,6 +43,7 @@ __all__ = [
     "softmax",
     "swiglu",
     "top_k",
+    "upload",
 ]
 
 
@@ -50,6 +55,23 @@ def _stream(index: int) -> Stream:
 def open_stream(device: Device, threads: int | None) -> Stream:
     """The stream of a GPU: one for all, so that arrays of one binding are in order with kernels of another."""
     return _stream(device.index)
+
+
+def upload(pool: MemoryPool, array: np.ndarray) -> DeviceArray:
+    """A copy on the device, read from a mapped file on the way."""
+    out = pool.empty(array.shape, array.dtype)
+    out[...] = array
+    return out
+
+
+def download(stream: Stream, array: DeviceArray) -> np.ndarray:
+    """A copy in page-locked memory."""
+    return stream.download(array)
+
+
+def device_name(device: Device) -> str:
+    """The GPU's name."""
+    return open_gpu(device.index).name
 
 
 def open_allocator(device: Device) -> Allocator:

@@ -44,7 +44,17 @@ compiled_seconds = 0.0
 on_first_compile: Callable[[], None] | None = None
 """Called once before the first kernel of this process is compiled (the command line prints a line)."""
 
-MODULES = ["elementwise", "quantize", "select", "rope", "attention", "linear_float", "linear_int8", "experts", "bandwidth"]
+MODULES = [
+    "elementwise",
+    "quantize",
+    "select",
+    "rope",
+    "attention",
+    "linear_float",
+    "linear_int8",
+    "experts",
+    "bandwidth",
+]
 """Where kernels are, for what goes over all of them (tests)."""
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from numbainfer.gpu import compile
 from numbainfer.gpu.compile import Kernel
 from numbainfer.gpu.driver import Gpu, check, load_driver
-from numbainfer.gpu.memory import Block, Copier, DeviceArray
+from numbainfer.gpu.memory import Block, Copier, DeviceArray, PinnedArray
 
 _DYNAMIC_SHARED = 48 << 10  # more dynamic shared memory than this must be asked for
 
@@ -79,6 +79,7 @@ class Stream:
         self._shared: dict[Kernel, int] = {}
         self._capturing: Program | None = None
         self._held: Held | None = None
+        self._landing: PinnedArray | None = None
         self._scratch: dict[str, DeviceArray] = {}
 
     @property
@@ -173,6 +174,14 @@ class Stream:
         finally:
             self._capturing = None
         program.finish(check(self.driver.cuStreamEndCapture(self.handle)))
+
+    def download(self, array: DeviceArray) -> np.ndarray:
+        """A device's array in page-locked memory, after all that was queued; it lives until the next download."""
+        if self._landing is None or self._landing.values.nbytes < array.nbytes:
+            self._landing = PinnedArray(array.nbytes, np.uint8)
+        self.copier.to_pinned(array, self._landing)
+        self.synchronize()
+        return self._landing.values[: array.nbytes].view(array.dtype).reshape(array.shape)
 
     def scratch(self, name: str, shape: int | tuple[int, ...], dtype: Any = np.float32) -> DeviceArray:
         """Uninitialised memory between the launches of one operator, kept under `name`; the next call of that name may

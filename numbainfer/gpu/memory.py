@@ -104,6 +104,9 @@ class DeviceArray:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         part = self[key]
+        if np.isscalar(value) and value == 0:
+            self._copier.clear(part)
+            return
         self._copier.to_device(part, np.broadcast_to(np.asarray(value, self.dtype), part.shape))
 
     def copy_to_device(self, host: np.ndarray) -> None:
@@ -176,6 +179,12 @@ class Copier:
             check(driver.cuMemcpyHtoDAsync(target.pointer + start, stage.pointer, part.size, self._stream))
             check(driver.cuEventRecord(event, self._stream))
             yield start + part.size
+
+    def clear(self, target: DeviceArray) -> None:
+        """Queues filling with zeros."""
+        self._before()
+        if target.nbytes:
+            check(self._driver.cuMemsetD8Async(target.pointer, 0, target.nbytes, self._stream))
 
     def to_host(self, source: DeviceArray) -> np.ndarray:
         """A copy of a device array, after all that was queued before it."""
