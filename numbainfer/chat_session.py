@@ -12,17 +12,6 @@ from numbainfer.console import note, warn
 from numbainfer.errors import NumbaInferError
 from numbainfer.generation import Generation
 from numbainfer.loading import LoadedModel
-from numbainfer.sampling import SamplingParams
-
-# Where neither the user nor the model's generation_config says otherwise.
-DEFAULTS: dict[str, Any] = {
-    "temperature": 0.7,
-    "top_k": 40,
-    "top_p": 0.95,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "seed": None,
-}
 
 
 class Session:
@@ -44,15 +33,7 @@ class Session:
         if system is not None and not self.templated:
             raise NumbaInferError("--system needs a chat model, and no --raw")
         self.conversation = chat.Conversation(system)
-        model = loaded.generation_config if loaded.generation_config.get("do_sample", True) else {"temperature": 0.0}
-        chosen = dict(sampling)
-        for name, default in DEFAULTS.items():
-            given, own = sampling.get(name), model.get(name)
-            chosen[name] = given if given is not None else own if _is_number(own) else default
-        try:
-            self.params = SamplingParams(**chosen, max_tokens=max_tokens, stop=stop)
-        except NumbaInferError as error:  # what the user gave was checked before
-            raise NumbaInferError(f"generation_config.json: {error}; give another on the command line") from error
+        self.params = loaded.params(**sampling, max_tokens=max_tokens, stop=stop)
 
     def prompt_tokens(self, text: str) -> list[int]:
         """The tokens that ask for a reply to `text`, after the conversation so far."""
@@ -73,10 +54,6 @@ class Session:
             pieces.close()  # type: ignore[attr-defined]
             generation.finish_reason = "cancelled"
         return generation
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def reply(session: Session, prompt: str, *, show_statistics: bool, as_json: bool) -> int:

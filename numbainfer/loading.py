@@ -22,9 +22,13 @@ from numbainfer.errors import NumbaInferError
 from numbainfer.model import CHUNK, Model
 from numbainfer.progress import Progress
 from numbainfer.registry import bind
+from numbainfer.sampling_params import SamplingParams
 from numbainfer.tokenizer import TOKENIZER_FILES, Tokenizer
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
+
+# How to sample where neither the user nor the model's generation_config says it.
+DEFAULTS: dict[str, Any] = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass
@@ -33,6 +37,20 @@ class LoadedModel:
 
     engine: Engine
     generation_config: dict[str, Any]
+
+    def params(self, **given: Any) -> SamplingParams:
+        """What is given, then what the model's generation_config says, then DEFAULTS."""
+        own = self.generation_config if self.generation_config.get("do_sample", True) else {"temperature": 0.0}
+        chosen = {name: own[name] if _is_number(own.get(name)) else default for name, default in DEFAULTS.items()}
+        SamplingParams(**given)
+        try:
+            return SamplingParams(**{**chosen, **given})
+        except NumbaInferError as error:  # what was given is good
+            raise NumbaInferError(f"generation_config.json: {error}; give another instead") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass
@@ -105,13 +123,15 @@ def load(
     threads: int | None = None,
     tokenizer: str | None = None,
     chunk: int = CHUNK,
+    sequences: int = 1,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """An engine that runs a MODEL. ctx_size None: the model's own, up to DEFAULT_CTX_SIZE; 0: all that it has."""
+    """An engine that runs a MODEL. ctx_size None: the model's own, up to DEFAULT_CTX_SIZE; 0: all that it has.
+    sequences: how many replies it can run together."""
     ops = bind(device or Device("cpu"), threads)
     opened = open_model(path, tokenizer=tokenizer, threads=threads, progress=progress)
     assert opened.tokenizer is not None
-    model = Model(ops, opened.weights, context_size(opened.weights, ctx_size), chunk=chunk)
+    model = Model(ops, opened.weights, context_size(opened.weights, ctx_size), chunk=chunk, sequences=sequences)
     return LoadedModel(Engine(model, opened.tokenizer), opened.generation_config)
 
 

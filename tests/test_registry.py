@@ -153,6 +153,7 @@ FLOORS = [
         "bench_profile",
         "random_weights",
         "chat_session",
+        "llm",
         "perplexity",
         "cli",
         "__main__",
