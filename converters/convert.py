@@ -110,6 +110,7 @@ class SourceReader:
         step = max(1, _CHUNK_VALUES // width)
         for start in range(0, tensor.shape[0], step):
             yield start, tensor.rows(start, min(tensor.shape[0], start + step))
+            self.source.forget_pages()
 
     def _not_finite(self, tensor: SourceTensor) -> NumbaInferError:
         return NumbaInferError(f"{self.source.path}: tensor {tensor.name} has NaN or infinite values")

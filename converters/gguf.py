@@ -5,6 +5,7 @@ Names, shapes and RoPE layout become Hugging Face's; quantized tensors are dequa
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from gguf.quants import dequantize
 
 from numbainfer.converters.gguf_config import ARCHITECTURES, generation_config, model_config
 from numbainfer.converters.gguf_header import check_header
-from numbainfer.converters.source import Array, Source, SourceTensor, half_split_rows
+from numbainfer.converters.source import Array, Source, SourceTensor, half_split
 from numbainfer.converters.vocabulary import gguf_tokenizer_files
 from numbainfer.errors import NumbaInferError
 from numbainfer.safetensors_file import shown
@@ -45,6 +46,7 @@ _PLAIN = {
     GGMLQuantizationType.F16: ("float16", "<f2"),
     GGMLQuantizationType.BF16: ("bfloat16", "<u2"),
 }
+_MAX_PARTS = 1000
 _INTEGERS = ("I8", "I16", "I32", "I64", "F64")  # sizes that the format knows, but no weights
 
 
@@ -57,23 +59,56 @@ class _Reader(GGUFReader):
 
     @data.setter
     def data(self, mapped: Array) -> None:
+        self.mapping: mmap.mmap = mapped._mmap  # type: ignore[attr-defined]
         self._mapped: Array = mapped.view(np.ndarray)
 
 
-def open_gguf(path: Path) -> Source:
-    """Open a GGUF file. Whatever is wrong with it raises NumbaInferError."""
+def _read(path: Path) -> tuple[_Reader, dict[str, Any]]:
+    """A file and its metadata."""
     check_header(path)
     try:
         reader = _Reader(path)
-        metadata: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
+        return reader, {key: field.contents() for key, field in reader.fields.items()}
     except Exception as error:
         # The library reports what it dislikes by exceptions of any kind; to the user they are all one.
         raise NumbaInferError(f"{path} is corrupt: the gguf library says {shown(error)}") from error
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _open_parts(path: Path) -> tuple[list[_Reader], dict[str, Any]]:
+    """All files of a GGUF, of which `path` is any one, and the metadata, which is the first one's."""
+    first, metadata = _read(path)
+    count = metadata.get("split.count", 0)
+    if count in (0, 1):
+        return [first], metadata
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if match is None or type(count) is not int or int(match[3]) != count or count > _MAX_PARTS:
+        raise NumbaInferError(
+            f"{path} is one of {shown(count)} parts of a GGUF, which its name must say: NAME-00001-of-0000N.gguf"
+        )
+    readers, all_metadata = [], []
+    for number in range(count):
+        part = path.with_name(f"{match[1]}-{number + 1:05}-of-{count:05}.gguf")
+        if not part.exists():
+            raise NumbaInferError(f"{part} is missing; is the download complete?")
+        reader, metadata = _read(part)
+        if metadata.get("split.no") != number or metadata.get("split.count") != count:
+            raise NumbaInferError(f"{part} is part {metadata.get('split.no')!r} of another GGUF, by what is in it")
+        readers.append(reader)
+        all_metadata.append(metadata)
+    total = sum(len(reader.tensors) for reader in readers)
+    if all_metadata[0].get("split.tensors.count", total) != total:
+        raise NumbaInferError(f"{path}: its parts have {total} tensors together, not the number that they say")
+    return readers, all_metadata[0]
+
+
+def open_gguf(path: Path) -> Source:
+    """Open a GGUF file, or all of a split one by any of its parts. Whatever is wrong with it raises NumbaInferError."""
+    readers, metadata = _open_parts(path)
+    stored = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+    if len(stored) != sum(len(reader.tensors) for reader in readers):
+        raise NumbaInferError(f"{path}: a tensor is in two of its parts")
 
     architecture = metadata.get("general.architecture")
-    if metadata.get("split.count", 0) not in (0, 1):
-        raise NumbaInferError(f"{path} is one part of a split GGUF; merge the parts first (llama-gguf-split --merge)")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise NumbaInferError(
             f"{path}: architecture {shown(architecture)} is not supported ({', '.join(ARCHITECTURES)} are)"
@@ -103,7 +138,8 @@ def open_gguf(path: Path) -> Source:
             raise NumbaInferError(f"{path}: tensor {shown(name)} is none of a {architecture} model's")
         head_dim = config["head_dim"] if hf_name.rsplit(".", 1)[0].endswith(interleaved) else None
         tensors[hf_name] = _tensor(path, hf_name, tensor, head_dim)
-    return Source(path, "gguf", config, generation, tokenizer, tensors)
+    mappings = [reader.mapping for reader in readers]
+    return Source(path, "gguf", config, generation, tokenizer, tensors, mappings)
 
 
 def huggingface_name(name: str) -> str | None:
@@ -144,10 +180,11 @@ def _tensor(path: Path, name: str, tensor: Any, head_dim: int | None) -> SourceT
 
 
 def _rows(data: Array, head_dim: int | None) -> Callable[[int, int], Array]:
-    if head_dim is None:
-        # A copy only where a GGUF's own alignment puts numbers that can't be read in place.
-        return lambda start, stop: np.require(data[start:stop], requirements="A")
-    return lambda start, stop: data[half_split_rows(start, stop, head_dim)]
+    # A copy only where a GGUF's own alignment puts numbers that can't be read in place.
+    def rows(start: int, stop: int) -> Array:
+        return np.require(data[start:stop], requirements="A")
+
+    return rows if head_dim is None else half_split(rows, head_dim)
 
 
 def _can_dequantize(kind: GGMLQuantizationType) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from numbainfer.checkpoint import read_file
-from numbainfer.converters.vocabulary import llama2c_tokenizer_files
+from numbainfer.converters.tiktoken_ranks import is_ranks, ranks_metadata
+from numbainfer.converters.vocabulary import gguf_tokenizer_files, llama2c_tokenizer_files
 from numbainfer.errors import NumbaInferError
 
 # Everything that the ecosystem writes about a tokenizer; a converted model keeps them as they were.
@@ -22,9 +23,14 @@ NAMES = (
 )
 
 
-def from_directory(directory: Path) -> dict[str, bytes]:
-    """The tokenizer's files of a Hugging Face directory; empty if they hold no vocabulary."""
+def from_directory(directory: Path, vocab_size: object) -> dict[str, bytes]:
+    """The tokenizer's files of a checkpoint's directory; empty if they hold no vocabulary.
+
+    A tokenizer.model that is a list of tiktoken ranks becomes a tokenizer.json. vocab_size: see `read`.
+    """
     files = {name: read_file(directory / name) for name in NAMES if (directory / name).is_file()}
+    if "tokenizer.json" not in files and is_ranks(files.get("tokenizer.model", b"")):
+        files = _from_ranks(files.pop("tokenizer.model"), vocab_size) | files
     has_vocabulary = files.keys() & {"tokenizer.json", "tokenizer.model"} or files.keys() >= {
         "vocab.json",
         "merges.txt",
@@ -33,19 +39,21 @@ def from_directory(directory: Path) -> dict[str, bytes]:
 
 
 def read(path: Path, vocab_size: object) -> dict[str, bytes]:
-    """The tokenizer at `path`: a directory, a tokenizer.json, a sentencepiece .model or a tokenizer.bin.
+    """The tokenizer at `path`: a directory, a tokenizer.json, a sentencepiece or tiktoken .model or a tokenizer.bin.
 
     vocab_size: the model's, as its config has it; a tokenizer.bin does not say its own. Raises
     NumbaInferError if there is no tokenizer.
     """
     if path.is_dir():
-        files = from_directory(path) or beside(path / "model", vocab_size)
+        files = from_directory(path, vocab_size) or beside(path / "model", vocab_size)
         if not files:
             raise NumbaInferError(f"{path} has none of tokenizer.json, tokenizer.model, tokenizer.bin")
         return files
     data = read_file(path)
     if data.lstrip()[:1] == b"{":
         return {"tokenizer.json": data}
+    if is_ranks(data):
+        return _from_ranks(data, vocab_size)
     # A sentencepiece model begins with its first piece, as protobuf has it: tag 0x0a, then a length, never
     # 0. A tokenizer.bin begins with an int32 that is small, so that its second byte is 0.
     if data[:1] == b"\n" and data[1:2] != b"\0":
@@ -56,6 +64,10 @@ def read(path: Path, vocab_size: object) -> dict[str, bytes]:
         return llama2c_tokenizer_files(data, vocab_size)
     except NumbaInferError as error:
         raise NumbaInferError(f"{path}: {error}") from error
+
+
+def _from_ranks(data: bytes, vocab_size: object) -> dict[str, bytes]:
+    return gguf_tokenizer_files(ranks_metadata(data, vocab_size))
 
 
 def beside(model: Path, vocab_size: object) -> dict[str, bytes]:

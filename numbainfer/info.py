@@ -7,6 +7,7 @@ from typing import Any
 from numbainfer.checkpoint import Weights
 from numbainfer.config import ModelConfig
 from numbainfer.console import size
+from numbainfer.converters.source_options import SourceOptions
 from numbainfer.converters.convert import SourceWeights, stored_bytes
 from numbainfer.loading import context_size, open_model
 from numbainfer.machine import memory_bytes
@@ -15,11 +16,11 @@ from numbainfer.quantization import QuantizedMatrix
 from numbainfer.specs import Parameter, parameter_count, parameter_groups
 
 
-def model(path: str, ctx_size: int | None, tokenizer: str | None) -> dict[str, Any]:
+def model(path: str, ctx_size: int | None, options: SourceOptions) -> dict[str, Any]:
     """All facts, as `info MODEL -o json` prints them. Sizes in bytes."""
     from numbainfer.cpu.isa import detect
 
-    opened = open_model(path, tokenizer=tokenizer, require_tokenizer=False)
+    opened = open_model(path, source_options=options, require_tokenizer=False)
     weights, config = opened.weights, opened.weights.config
     positions = context_size(weights, ctx_size)
     parts: dict[str, dict[str, Any]] = {}

@@ -16,6 +16,7 @@ from numbainfer.checkpoint import Checkpoint, Weights, is_checkpoint, read_file,
 from numbainfer.converters.convert import SourceWeights, Target, convert
 from numbainfer.converters.demo import fetch_demo
 from numbainfer.converters.source import open_source, require_path
+from numbainfer.converters.source_options import NO_OPTIONS, SourceOptions
 from numbainfer.device import Device
 from numbainfer.engine import DEFAULT_CTX_SIZE, Engine
 from numbainfer.errors import NumbaInferError
@@ -88,7 +89,7 @@ def require_model(text: str) -> None:
 def open_model(
     path: str | Path | None,
     *,
-    tokenizer: str | None = None,
+    source_options: SourceOptions = NO_OPTIONS,
     require_tokenizer: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -98,12 +99,11 @@ def open_model(
         require_model(str(path))
     path = demo_directory(progress) if path is None else Path(path)
     if path.is_dir() and is_checkpoint(path):
-        if tokenizer is not None:
-            raise NumbaInferError("--tokenizer goes with a .bin; a converted model has its own")
+        source_options.refuse_all("a converted model has its own")
         weights: Weights = Checkpoint(path)
         files = {name: read_file(path / name) for name in TOKENIZER_FILES if (path / name).is_file()}
     else:
-        source = open_source(path, tokenizer=tokenizer, require_tokenizer=require_tokenizer)
+        source = open_source(path, source_options, require_tokenizer=require_tokenizer)
         files = {**source.tokenizer_files, "config.json": json.dumps(source.config).encode()}
         if source.generation_config is not None:
             files["generation_config.json"] = json.dumps(source.generation_config).encode()
@@ -121,7 +121,7 @@ def load(
     device: Device | None = None,
     ctx_size: int | None = None,
     threads: int | None = None,
-    tokenizer: str | None = None,
+    source_options: SourceOptions = NO_OPTIONS,
     chunk: int = CHUNK,
     sequences: int = 1,
     progress: Progress | None = None,
@@ -129,7 +129,7 @@ def load(
     """An engine that runs a MODEL. ctx_size None: the model's own, up to DEFAULT_CTX_SIZE; 0: all that it has.
     sequences: how many replies it can run together."""
     ops = bind(device or Device("cpu"), threads)
-    opened = open_model(path, tokenizer=tokenizer, threads=threads, progress=progress)
+    opened = open_model(path, source_options=source_options, threads=threads, progress=progress)
     assert opened.tokenizer is not None
     model = Model(ops, opened.weights, context_size(opened.weights, ctx_size), chunk=chunk, sequences=sequences)
     return LoadedModel(Engine(model, opened.tokenizer), opened.generation_config)

@@ -25,7 +25,7 @@ import numpy as np
 
 from numbainfer.errors import NumbaInferError
 
-# bfloat16 has no NumPy dtype: its bits travel as uint16.
+# bfloat16 and the kinds of float8 have no NumPy dtype: their bits travel as uint16 and uint8.
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -34,6 +34,14 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
+    "F64": np.dtype("<f8"),
+    "I16": np.dtype("<i2"),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
+    "BOOL": np.dtype("u1"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
 }
 
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -70,13 +78,13 @@ class SafetensorsFile:
                 size = os.fstat(file.fileno()).st_size
                 if size < 8:
                     raise self._error(f"{size} bytes are too few for a safetensors file; is it truncated?")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise NumbaInferError(f"cannot read {self.path}: {error.strerror or error}") from error
         try:
             self.tensors, self.metadata = self._read_header(size)
         except BaseException:
-            self._map.close()
+            self.mapping.close()
             raise
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
@@ -103,12 +111,12 @@ class SafetensorsFile:
         start, size = self._last_rows
         if size and hasattr(mmap, "MADV_DONTNEED"):  # Unix
             whole = start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, whole, start + size - whole)
+            self.mapping.madvise(mmap.MADV_DONTNEED, whole, start + size - whole)
 
     def close(self) -> None:
         """Release the mapping; while arrays of it are alive they keep it, and it goes with the last."""
         with suppress(BufferError):
-            self._map.close()
+            self.mapping.close()
 
     def __enter__(self) -> SafetensorsFile:
         return self
@@ -120,20 +128,20 @@ class SafetensorsFile:
         entry = self.tensors[name]
         dtype = NUMPY_DTYPES[entry.dtype]
         count = (entry.stop - entry.start) // dtype.itemsize
-        return np.frombuffer(self._map, dtype, count, entry.start if count else 0).reshape(entry.shape)
+        return np.frombuffer(self.mapping, dtype, count, entry.start if count else 0).reshape(entry.shape)
 
     def _error(self, problem: str) -> NumbaInferError:
         return NumbaInferError(f"{self.path}: {problem}")
 
     def _read_header(self, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-        length = int.from_bytes(self._map[:8], "little")
+        length = int.from_bytes(self.mapping[:8], "little")
         if length > _MAX_HEADER_BYTES:
             raise self._error(f"not a safetensors file (its header would be {length} bytes)")
         if length > size - 8:
             raise self._error(f"truncated: the header takes {length} bytes, the file has {size}")
         try:
             header = json.loads(
-                self._map[8 : 8 + length].decode("utf-8"),
+                self.mapping[8 : 8 + length].decode("utf-8"),
                 object_pairs_hook=_object_without_duplicates,
                 parse_constant=_refuse_constant,
             )
@@ -295,9 +303,11 @@ class SafetensorsWriter:
 
 def shown(value: object) -> str:
     """`value` from a file, for an error message: on one line, printable, and not too long."""
-    return _SHORT_REPR.repr(value)
+    text = _SHORT_REPR.repr(value)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
+_MAX_SHOWN = 200
 _SHORT_REPR = reprlib.Repr()  # bounds depth too: a header may nest as deep as the JSON parser lets it
 _SHORT_REPR.maxstring = _SHORT_REPR.maxother = 120
 _SHORT_REPR.maxlist = _MAX_DIMENSIONS

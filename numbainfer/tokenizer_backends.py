@@ -137,7 +137,7 @@ class JsonBackend:
             return b"", False
         if self._byte_level:
             try:
-                return bytes(map(_BYTE_OF_CHARACTER.__getitem__, text)), False
+                return bytes(map(BYTE_OF_CHARACTER.__getitem__, text)), False
             except KeyError:  # a token that is not written in the byte alphabet stands for itself
                 return text.encode(), False
         if self._byte_fallback and (match := _BYTE_PIECE.fullmatch(text)):
@@ -264,4 +264,4 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printing} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-_BYTE_OF_CHARACTER = _byte_alphabet()
+BYTE_OF_CHARACTER = _byte_alphabet()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from numbainfer.checkpoint import Weights
 from numbainfer.converters.convert import SourceWeights, Target
 from numbainfer.converters.source import open_source
+from numbainfer.converters.source_options import SourceOptions
 from numbainfer.engine import Engine
 from numbainfer.model import Model
 from numbainfer.registry import Operators
@@ -25,9 +26,12 @@ DATA = Path(__file__).parent / "data"
 Logits = NDArray[np.float32]
 
 
-def source_weights(path: Path, dtype: str = "float32", group_size: int = 64, **options: Any) -> SourceWeights:
-    """A source quantized while loading; `options` are open_source's."""
-    return SourceWeights(open_source(path, **options), Target(dtype, group_size))
+def source_weights(
+    path: Path, dtype: str = "float32", group_size: int = 64, require_tokenizer: bool = True, **options: Any
+) -> SourceWeights:
+    """A source quantized while loading; `options` are SourceOptions'."""
+    source = open_source(path, SourceOptions(**options), require_tokenizer=require_tokenizer)
+    return SourceWeights(source, Target(dtype, group_size))
 
 
 def build_model(ops: Operators, weights: Weights, ctx_size: int = 192, **options: Any) -> Model:

@@ -29,6 +29,7 @@ from numbainfer.checkpoint import Checkpoint, is_checkpoint, stack
 from numbainfer.converters import convert as convert_module
 from numbainfer.converters.convert import Summary, Target, convert
 from numbainfer.converters.source import open_source
+from numbainfer.converters.source_options import SourceOptions
 from numbainfer.errors import NumbaInferError
 from numbainfer.quantization import Matrix, QuantizedMatrix
 from numbainfer.registry import Operators
@@ -140,7 +141,7 @@ def test_stacks_are_views_of_the_mapping(
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 1 if shard_bytes else len(files) == 1
     checkpoint = Checkpoint(tmp_path / "out")
-    mappings = [np.frombuffer(file._map, np.uint8) for file in checkpoint._files]
+    mappings = [np.frombuffer(file.mapping, np.uint8) for file in checkpoint._files]
     for names in (QKV, GATE_UP):
         matrix = checkpoint.matrix(names)
         assert isinstance(matrix, QuantizedMatrix)
@@ -203,7 +204,7 @@ def test_the_directory_is_whole(tmp_path: Path) -> None:
 
 def test_stories260k_round_trip(ops: Operators, tmp_path: Path) -> None:
     """llama2.c's format in; its MLP width of 172 stays float16."""
-    with open_source(DATA / "stories260K.bin", tokenizer=DATA / "tok512.bin") as source:
+    with open_source(DATA / "stories260K.bin", SourceOptions(tokenizer=DATA / "tok512.bin")) as source:
         summary = convert(source, tmp_path / "out", Target())
         assert summary.floating == [f"model.layers.{i}.mlp.down_proj.weight" for i in range(5)]
     exact = build_model(ops, source_weights(DATA / "stories260K.bin", require_tokenizer=False))

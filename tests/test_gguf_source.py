@@ -185,7 +185,7 @@ def test_end_of_generation_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"split.count": 3}, "one part of a split GGUF"),
+        ({"split.count": 3}, "one of 3 parts of a GGUF, which its name must say"),
         ({"llama.expert_count": 8}, "mixture-of-experts"),
         ({"llama.block_count": None}, r"llama\.block_count is missing"),
         ({"llama.block_count": 0}, r"llama\.block_count is 0, not"),

@@ -83,11 +83,11 @@ def test_paths(tmp_path: Path) -> None:
     ("content", "problem"),
     [
         (b"", "it is empty"),
-        (b"Once upon a time, there was a text.", "give a Hugging Face directory"),
-        (b"PK\x03\x04" + bytes(60), "looks like a PyTorch file"),
+        (b"Once upon a time, there was a text.", "give a Hugging Face or Meta directory"),
+        (b"PK\x03\x04" + bytes(60), "truncated or damaged: File is not a zip file"),
         ((50).to_bytes(8, "little") + b'{"a":1}' + bytes(60), "looks like safetensors; give the directory"),
-        (struct.pack("<Iiiiiiiii", 0x616B3432, 1, 64, 172, 5, 8, 4, 512, 512), "version 1 or 2"),
-        (bytes(100), "give a Hugging Face directory"),
+        (struct.pack("<Iiiiiiiii", 0x616B3432, 1, 64, 172, 5, 8, 4, 512, 512), "truncated or damaged"),
+        (bytes(100), "give a Hugging Face or Meta directory"),
     ],
 )
 def test_files_of_other_kinds(tmp_path: Path, content: bytes, problem: str) -> None:
@@ -181,8 +181,8 @@ def only(name: str) -> Callable[[Path], None]:
         (config_json(b"\xff\xfe"), "config.json is not valid JSON"),
         (config_json(b"[" * 200_000), "config.json is not valid JSON"),
         (config_json(b"[1]"), "config.json is not a JSON object"),
-        (config_json(b'{"quantization_config": {"quant_method": "awq"}}'), "already quantized .*'awq'"),
-        (only("pytorch_model.bin"), "has PyTorch weights only"),
+        (config_json(b'{"quantization_config": {"quant_method": "hqq"}}'), "'hqq'.* not supported; GPTQ, AWQ"),
+        (only("pytorch_model.bin"), "pytorch_model.bin: not a file that torch.save wrote"),
         (only("model-00001-of-00002.safetensors"), "neither model.safetensors nor"),
         (only("weights"), "model.safetensors is missing"),
     ],
@@ -196,9 +196,9 @@ def test_huggingface(tmp_path: Path, spoil: Callable[[Path], None], problem: str
 
 def test_huggingface_tensors(tmp_path: Path) -> None:
     for array, problem in (
-        (np.ones((2, 2), np.int8), "'a' is I8; weights must be F32, F16, BF16"),
+        (np.ones((2, 2), np.int8), "'a' is I8; weights must be float32, float16, bfloat16"),
         (np.ones((), np.float32), "'a' is a single number"),
-        (np.ones((2, 2)), "'F64' is not supported"),
+        (np.ones((2, 2)), "'a' is F64; weights must be"),
     ):
         directory = files.write_huggingface(tmp_path / "hf", {"a": array})
         assert problem in (message(directory) or "")

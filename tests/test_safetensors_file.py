@@ -130,7 +130,7 @@ LIES: dict[str, bytes] = {
     "__metadata__": encode({"__metadata__": {"a": 1}}),
     "header entry": encode({"a": {"dtype": "F32"}}),
     "header entry is": encode({"a": 3}),
-    "'F64' is not supported": encode({"a": entry("F64", [2], [0, 16])}, DATA),
+    "'C64' is not supported": encode({"a": entry("C64", [2], [0, 16])}, DATA),
     r"\[\] is not supported": encode({"a": entry([], [2], [0, 16])}, DATA),
     r"shape \[-2, -2\] is not": encode({"a": entry(shape=[-2, -2])}, DATA),
     r"shape \[True, 4\] is not": encode({"a": entry(shape=[True, 4])}, DATA),

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from numbainfer import NumbaInferError
 from numbainfer.converters.source import Source, open_source
+from numbainfer.converters.source_options import SourceOptions
 from numbainfer.safetensors_file import SafetensorsWriter
 
 
@@ -149,12 +150,12 @@ def test_tokenizers_from_elsewhere(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(NumbaInferError, match=r"none of tokenizer\.json"):
-        open_source(model, tokenizer=other)
+        open_source(model, SourceOptions(tokenizer=other))
     (other / "tokenizer.json").write_bytes(b" {}")
     for path in (other, other / "tokenizer.json"):
-        assert open_source(model, tokenizer=path).tokenizer_files == {"tokenizer.json": b" {}"}
+        assert open_source(model, SourceOptions(tokenizer=path)).tokenizer_files == {"tokenizer.json": b" {}"}
     with pytest.raises(NumbaInferError, match=r"missing\.bin"):
-        open_source(model, tokenizer=tmp_path / "missing.bin")
+        open_source(model, SourceOptions(tokenizer=tmp_path / "missing.bin"))
 
 
 @pytest.mark.skipif("NUMBAINFER_TEST_MODELS" not in os.environ, reason="names a folder of real models")

@@ -16,11 +16,12 @@ from numbainfer.cli.options import (
     not_empty,
     option,
     threads_option,
-    tokenizer_option,
+    source_options,
 )
 
 if TYPE_CHECKING:
     from numbainfer.bench import Test
+    from numbainfer.converters.source_options import SourceOptions
     from numbainfer.device import Device
 
 ARCHITECTURES = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b")
@@ -62,7 +63,7 @@ numbainfer bench ./qwen --profile
 @make_device_option("--device", "devices", multiple=True, help="Where to run (repeatable) [default: auto].")
 @option("--random", "architecture", type=click.Choice(ARCHITECTURES), help="Random int8 weights of a real shape.")
 @threads_option
-@tokenizer_option
+@source_options
 @_numbers("-p", "--prompt-tokens", "prompts", multiple=True, text="Prompt lengths (repeatable) [default: 512].")
 @_numbers("-n", "--gen-tokens", "generates", multiple=True, text="Tokens to generate (repeatable) [default: 128].")
 @_numbers("-d", "--depth", "depths", multiple=True, text="Tokens before the test (repeatable) [default: 0].")
@@ -108,7 +109,7 @@ def bench(
     devices: tuple[Device, ...],
     architecture: str | None,
     threads: int | None,
-    tokenizer: str | None,
+    source_options: SourceOptions,
     prompts: tuple[int, ...],
     generates: tuple[int, ...],
     depths: tuple[int, ...],
@@ -171,7 +172,7 @@ def _measure(
     tests: Sequence[Test],
     repetitions: int,
     threads: int | None,
-    tokenizer: str | None,
+    source_options: SourceOptions,
     profile: bool,
 ) -> Iterator[dict[str, Any]]:
     """The rows, one after the other."""
@@ -189,7 +190,7 @@ def _measure(
             if architecture is not None:
                 return RandomWeights(architecture)
             return open_model(
-                model, tokenizer=tokenizer, require_tokenizer=False, threads=threads, progress=progress
+                model, source_options=source_options, require_tokenizer=False, threads=threads, progress=progress
             ).weights
 
         for device in devices or (Device("cpu"),):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from numbainfer.cli.options import argument, command, general_options, not_empty, option, tokenizer_option
+from numbainfer.cli.options import argument, command, general_options, not_empty, option, source_options
+
+if TYPE_CHECKING:
+    from numbainfer.converters.source_options import SourceOptions
 
 
 @command(
@@ -29,9 +33,9 @@ numbainfer convert stories15M.bin stories --dtype float32 --tokenizer tokenizer.
     "--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True, help="Values per scale."
 )
 @option("--force", is_flag=True, help="Replace OUT if it is a converted model.")
-@tokenizer_option
+@source_options
 @general_options
-def convert(source: str, out: str, dtype: str, group_size: str, force: bool, tokenizer: str | None) -> None:
+def convert(source: str, out: str, dtype: str, group_size: str, force: bool, source_options: SourceOptions) -> None:
     """Convert SOURCE to numbainfer's format in the new directory OUT.
 
     SOURCE is a Hugging Face checkpoint directory (safetensors), a .gguf or a llama2.c .bin. OUT appears when all of it
@@ -43,7 +47,7 @@ def convert(source: str, out: str, dtype: str, group_size: str, force: bool, tok
 
     target = converter.Target(dtype, int(group_size))
     announce_compilation()
-    with open_source(source, tokenizer=tokenizer) as opened, progress_bars() as progress:
+    with open_source(source, source_options) as opened, progress_bars() as progress:
         summary = converter.convert(opened, Path(out), target, force=force, progress=progress)
     note(f"{out}: {summary.parameters:,} parameters, {size(summary.nbytes)} as {dtype}")
     if summary.floating:

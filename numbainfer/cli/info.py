@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,8 +14,11 @@ from numbainfer.cli.options import (
     general_options,
     not_empty,
     option,
-    tokenizer_option,
+    source_options,
 )
+
+if TYPE_CHECKING:
+    from numbainfer.converters.source_options import SourceOptions
 
 
 @command(
@@ -30,9 +34,9 @@ numbainfer info model.gguf --ctx-size 8192
 @option(
     "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="How to print."
 )
-@tokenizer_option
+@source_options
 @general_options
-def info(model: str | None, ctx_size: int | None, output: str, tokenizer: str | None) -> None:
+def info(model: str | None, ctx_size: int | None, output: str, source_options: SourceOptions) -> None:
     """Show what MODEL is and what it needs: parameters and bytes by part, memory at a context.
 
     With no MODEL, show what this machine is: CPU, caches, GPUs, versions, which kernels run on it, and what is missing
@@ -46,7 +50,7 @@ def info(model: str | None, ctx_size: int | None, output: str, tokenizer: str | 
         facts = about_machine.machine()
         lines = about_machine.as_text(facts)
     else:
-        facts = about_model.model(model, ctx_size, tokenizer)
+        facts = about_model.model(model, ctx_size, source_options)
         lines = about_model.as_text(facts)
     if output == "json":
         print(json.dumps(facts, indent=1))

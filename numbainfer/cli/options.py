@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -116,7 +116,39 @@ ctx_size_option = option(
     metavar="N",
     help="Positions to keep; 0: all the model has [default: up to 4096].",
 )
-tokenizer_option = option("--tokenizer", type=click.Path(), help="Tokenizer file or directory, for a .bin without one.")
+
+
+def source_options(function: Callable) -> Callable:
+    """Decorator: what a model's files may leave unsaid; the command gets it as one SourceOptions, `source_options`."""
+
+    @wraps(function)
+    def gather(*args: Any, tokenizer: Any, config: Any, rope_layout: Any, rope_theta: Any, **rest: Any) -> Any:
+        from numbainfer.converters.source_options import SourceOptions
+
+        return function(*args, source_options=SourceOptions(tokenizer, config, rope_layout, rope_theta), **rest)
+
+    decorated: Callable = gather
+    for names, settings in (
+        (
+            ("--rope-theta",),
+            {
+                "type": click.FloatRange(0, min_open=True),
+                "metavar": "X",
+                "help": "RoPE's base of a .bin or .pt [default: 10000].",
+            },
+        ),
+        (
+            ("--rope-layout",),
+            {
+                "type": click.Choice(["interleaved", "half-split"]),
+                "help": "How a .bin or .pt pairs q and k: Meta's way or Hugging Face's [default: interleaved].",
+            },
+        ),
+        (("--config",), {"type": click.Path(), "help": "A config.json for a .bin, .pt or .pth, which have none."}),
+        (("--tokenizer",), {"type": click.Path(), "help": "Tokenizer file or directory, for a model without one."}),
+    ):
+        decorated = option(*names, section="What the files don't say", **settings)(decorated)
+    return decorated
 
 
 def make_device_option(*names: str, **settings: Any) -> Callable:

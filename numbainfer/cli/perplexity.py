@@ -16,12 +16,13 @@ from numbainfer.cli.options import (
     not_empty,
     option,
     read_stdin,
+    source_options,
     threads_option,
-    tokenizer_option,
 )
 from numbainfer.errors import NumbaInferError
 
 if TYPE_CHECKING:
+    from numbainfer.converters.source_options import SourceOptions
     from numbainfer.device import Device
 
 
@@ -40,7 +41,7 @@ numbainfer perplexity ./qwen text.txt --ctx-size 2048 -o json
 )
 @device_option
 @threads_option
-@tokenizer_option
+@source_options
 @general_options
 def perplexity(
     model: str,
@@ -49,7 +50,7 @@ def perplexity(
     output: str,
     device: Device,
     threads: int | None,
-    tokenizer: str | None,
+    source_options: SourceOptions,
 ) -> None:
     """Measure how well MODEL predicts the text in FILE ("-": stdin), as llama.cpp defines it.
 
@@ -73,7 +74,7 @@ def perplexity(
             device=device,
             ctx_size=ctx_size,
             threads=threads,
-            tokenizer=tokenizer,
+            source_options=source_options,
             chunk=128,  # logits of all tokens of a chunk are kept at once: 78 MB at a vocabulary of 150,000
             progress=progress,
         )

@@ -16,12 +16,13 @@ from numbainfer.cli.options import (
     general_options,
     option,
     read_stdin,
+    source_options,
     threads_option,
-    tokenizer_option,
 )
 from numbainfer.errors import NumbaInferError
 
 if TYPE_CHECKING:
+    from numbainfer.converters.source_options import SourceOptions
     from numbainfer.device import Device
 
 
@@ -174,7 +175,7 @@ numbainfer run ./model -i
 @option("--stop", multiple=True, metavar="STR", help="Text that ends the reply (repeatable).")
 @threads_option
 @ctx_size_option
-@tokenizer_option
+@source_options
 @option("--raw", is_flag=True, help="Continue the prompt as it is: no chat template.")
 @option("-i", "--interactive", is_flag=True, help="Chat over several turns; /reset forgets, /exit ends.")
 @option("--stats/--no-stats", default=True, show_default=True, help="Speeds on stderr at the end.")
@@ -188,7 +189,7 @@ def run(
     system: str | None,
     threads: int | None,
     ctx_size: int | None,
-    tokenizer: str | None,
+    source_options: SourceOptions,
     raw: bool,
     interactive: bool,
     stats: bool,
@@ -233,7 +234,7 @@ def run(
             device=device,
             ctx_size=ctx_size,
             threads=threads,
-            tokenizer=tokenizer,
+            source_options=source_options,
             progress=progress,
         )
     loaded.engine.speculate = speculate
