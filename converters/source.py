@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from numbainfer.checkpoint import is_checkpoint
 from numbainfer.converters.source_options import NO_OPTIONS, SourceOptions
 from numbainfer.errors import NumbaInferError
 
@@ -47,7 +48,7 @@ class Source:
     """An opened model. RoPE layouts are Hugging Face's half-split, whatever the file has."""
 
     path: Path
-    format: str  # "huggingface", "gguf", "llama2c" or "meta"
+    format: str  # "huggingface", "gguf", "llama2c", "meta" or "numbainfer"
     config: dict[str, Any]  # in the schema of Hugging Face's config.json
     generation_config: dict[str, Any] | None
     tokenizer_files: dict[str, bytes]  # file name -> content; empty where the source carries no tokenizer
@@ -135,6 +136,11 @@ def _open(path: Path, options: SourceOptions) -> Source:
 
 
 def _open_directory(path: Path, options: SourceOptions) -> Source:
+    if is_checkpoint(path):
+        from numbainfer.converters import converted
+
+        options.refuse_config("a converted model does")
+        return converted.open_converted(path)
     if (path / "config.json").is_file():
         from numbainfer.converters import huggingface
 

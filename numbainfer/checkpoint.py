@@ -93,9 +93,9 @@ class Checkpoint:
                 f"{where}: format version {version!r}, this numbainfer reads {FORMAT_VERSION}; convert the model again"
             )
         self.config = ModelConfig.from_dict(raw, where)
-        self._files = [SafetensorsFile(file) for file in self._weight_files()]
-        self._where = {name: file for file in self._files for name in file.tensors}
-        if len(self._where) != sum(len(file.tensors) for file in self._files):
+        self.files = [SafetensorsFile(file) for file in self._weight_files()]
+        self._where = {name: file for file in self.files for name in file.tensors}
+        if len(self._where) != sum(len(file.tensors) for file in self.files):
             raise NumbaInferError(f"{self.path}: a tensor is in two files")
         self._check()
 
@@ -172,7 +172,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum(e.stop - e.start for file in self._files for e in file.tensors.values())
+        return sum(e.stop - e.start for file in self.files for e in file.tensors.values())
 
 
 def stack(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -141,7 +141,7 @@ def test_stacks_are_views_of_the_mapping(
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 1 if shard_bytes else len(files) == 1
     checkpoint = Checkpoint(tmp_path / "out")
-    mappings = [np.frombuffer(file.mapping, np.uint8) for file in checkpoint._files]
+    mappings = [np.frombuffer(file.mapping, np.uint8) for file in checkpoint.files]
     for names in (QKV, GATE_UP):
         matrix = checkpoint.matrix(names)
         assert isinstance(matrix, QuantizedMatrix)
@@ -593,3 +593,12 @@ def test_a_safetensors_header_with_flipped_bits(converted: Path, ops: Operators)
         except NumbaInferError:
             refused += 1
     assert refused > 75
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "bfloat16", "float32"])
+def test_a_converted_model_can_be_converted_again(dtype: str, checkpoint_of: Checkpoints, tmp_path: Path) -> None:
+    convert_to(checkpoint_of(NAME), tmp_path / "once", Target(dtype))
+    convert_to(tmp_path / "once", tmp_path / "twice", Target(dtype))
+    once, twice = (tmp_path / name / "model.safetensors" for name in ("once", "twice"))
+    assert once.read_bytes() == twice.read_bytes()  # a group's largest value is 127 scales again
+    assert (tmp_path / "once" / "config.json").read_text() == (tmp_path / "twice" / "config.json").read_text()

@@ -15,8 +15,8 @@ from numbainfer.cli.options import (
     make_device_option,
     not_empty,
     option,
-    threads_option,
     source_options,
+    threads_option,
 )
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def bench(
     else:
         announce_compilation()
         try:
-            for row in _measure(model, architecture, devices, tests, repetitions, threads, tokenizer, profile):
+            for row in _measure(model, architecture, devices, tests, repetitions, threads, source_options, profile):
                 rows.append(row)
         except KeyboardInterrupt:
             stopped = True
