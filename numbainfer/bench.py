@@ -20,6 +20,7 @@ from numbainfer._version import __version__
 from numbainfer.checkpoint import Weights
 from numbainfer.device import Device, peak_memory_bytes
 from numbainfer.errors import NumbaInferError
+from numbainfer.loading import describe
 from numbainfer.model import Model
 from numbainfer.progress import Progress, silent
 from numbainfer.registry import backend, bind
@@ -93,6 +94,7 @@ class Bench:
         self.model = Model(self.ops, self.weights, needed, sequences=max(test.batch for test in tests))
         self.feeder = Feeder(self.model)
         self.load_seconds = time.perf_counter() - start
+        describe(self.model, self.weights, self.load_seconds)
         self._probe: Any = None
 
     def bandwidth(self) -> float:

@@ -7,8 +7,11 @@ import importlib.util
 import os
 import platform
 import re
+import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from numbainfer.errors import NumbaInferError
 
@@ -58,8 +61,12 @@ def cuda_works() -> bool:
 
 def cpu_name() -> str:
     """The CPU's own name for itself."""
+    if sys.platform == "darwin":
+        name = ctypes.create_string_buffer(256)
+        if sysctl("machdep.cpu.brand_string", name):
+            return name.value.decode(errors="replace")
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
@@ -68,19 +75,46 @@ def cpu_name() -> str:
 
 
 def physical_cores() -> int:
-    """The number of physical cores this process may run on: hyper-threads share one vector unit."""
-    try:
-        allowed = os.sched_getaffinity(0)  # type: ignore[attr-defined, unused-ignore]
-    except AttributeError:
-        return os.cpu_count() or 1  # macOS, Windows
+    """The number of physical cores this process may run on: hyper-threads share one vector unit. On Apple's chips, of
+    performance cores: a step waits for its slowest thread."""
+    if sys.platform == "darwin":
+        count = ctypes.c_int(0)
+        found = sysctl("hw.perflevel0.physicalcpu", count) or sysctl("hw.physicalcpu", count)
+        return max(1, count.value if found else os.cpu_count() or 1)
+    if sys.platform == "win32":
+        return _windows_cores() or os.cpu_count() or 1
     siblings = set()
-    for cpu in allowed:
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1):
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         try:
-            siblings.add(path.read_text())
+            siblings.add(path.read_text(encoding="utf-8"))
         except OSError:
             siblings.add(str(cpu))
     return max(1, len(siblings))
+
+
+def sysctl(name: str, value: Any) -> bool:
+    """Fills `value`, a ctypes object, with what macOS knows under a name; whether it knows it."""
+    length = ctypes.c_size_t(ctypes.sizeof(value))
+    try:
+        return ctypes.CDLL(None).sysctlbyname(name.encode(), ctypes.byref(value), ctypes.byref(length), None, 0) == 0
+    except (OSError, AttributeError):
+        return False
+
+
+def _windows_cores() -> int:
+    """Physical cores as Windows counts them; 0 where it does not say."""
+    ask = ctypes.windll.kernel32.GetLogicalProcessorInformation  # type: ignore[attr-defined, unused-ignore]
+    length = ctypes.c_ulong(0)
+    ask(None, ctypes.byref(length))
+    entries = ctypes.create_string_buffer(length.value)
+    return count_cores(entries.raw) if ask(entries, ctypes.byref(length)) else 0
+
+
+def count_cores(entries: bytes) -> int:
+    """Cores among SYSTEM_LOGICAL_PROCESSOR_INFORMATION structures: a mask, a kind (0: a core), 16 bytes of details."""
+    layout = struct.Struct("@Pi4x16x" if struct.calcsize("P") == 8 else "@Pi16x")
+    return sum(kind == 0 for _, kind in layout.iter_unpack(entries))
 
 
 def peak_memory_bytes() -> int:
@@ -90,4 +124,4 @@ def peak_memory_bytes() -> int:
     except ImportError:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import platformdirs
 
 from numbainfer.checkpoint import Checkpoint, Weights, is_checkpoint, read_file, read_json
+from numbainfer.console import detail, size
 from numbainfer.converters.convert import SourceWeights, Target, convert
 from numbainfer.converters.demo import fetch_demo
 from numbainfer.converters.source import open_source, require_path
@@ -24,6 +27,7 @@ from numbainfer.model import CHUNK, Model
 from numbainfer.progress import Progress
 from numbainfer.registry import bind
 from numbainfer.sampling_params import SamplingParams
+from numbainfer.specs import parameter_count
 from numbainfer.tokenizer import TOKENIZER_FILES, Tokenizer
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -128,11 +132,22 @@ def load(
 ) -> LoadedModel:
     """An engine that runs a MODEL. ctx_size None: the model's own, up to DEFAULT_CTX_SIZE; 0: all that it has.
     sequences: how many replies it can run together."""
+    start = time.perf_counter()
     ops = bind(device or Device("cpu"), threads)
     opened = open_model(path, source_options=source_options, threads=threads, progress=progress)
     assert opened.tokenizer is not None
     model = Model(ops, opened.weights, context_size(opened.weights, ctx_size), chunk=chunk, sequences=sequences)
+    describe(model, opened.weights, time.perf_counter() - start)
     return LoadedModel(Engine(model, opened.tokenizer), opened.generation_config)
+
+
+def describe(model: Model, weights: Weights, seconds: float) -> None:
+    """What --verbose says of a model that was loaded."""
+    config, stream, cache = weights.config, model.ops.stream, model.cache
+    detail(f"{weights.name}: {config.architecture}, {parameter_count(config):,} parameters, {size(weights.nbytes)}")
+    held = f"{size(cache.nbytes)} of KV cache for {cache.ctx_size:,} tokens"
+    detail(f"{model.ops.device}: {stream.threads} threads; {held}")
+    detail(f"loaded in {seconds:.2f} s")
 
 
 def context_size(weights: Weights, asked: int | None) -> int:
@@ -163,7 +178,8 @@ def demo_directory(progress: Progress | None = None) -> Path:
     except NumbaInferError:
         if not _is_intact(directory):  # else another process was faster
             raise
-    gguf.unlink(missing_ok=True)
+    with suppress(OSError):  # Windows removes no file that is still mapped somewhere
+        gguf.unlink()
     return directory
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from numbainfer._version import __version__
 from numbainfer.console import size
-from numbainfer.device import cpu_name, physical_cores
+from numbainfer.device import cpu_name, physical_cores, sysctl
 from numbainfer.loading import cache_directory
 
 # LLVM's names of the vector extensions that kernels use, or could.
@@ -108,7 +108,9 @@ def cpu_caches() -> dict[str, int]:
     found = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         try:
-            level, kind, text = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+            level, kind, text = (
+                (index / name).read_text(encoding="utf-8").strip() for name in ("level", "type", "size")
+            )
         except OSError:
             continue
         if kind != "Instruction" and text.endswith("K"):
@@ -138,13 +140,9 @@ def memory_bytes() -> int | None:
 
 
 def _sysctl(name: str) -> int | None:
-    """A number that macOS knows under this name."""
-    value, length = ctypes.c_uint64(), ctypes.c_size_t(8)
-    try:
-        failed = ctypes.CDLL(None).sysctlbyname(name.encode(), ctypes.byref(value), ctypes.byref(length), None, 0)
-    except (OSError, AttributeError):
-        return None
-    return None if failed else value.value
+    """A size that macOS knows under this name."""
+    value = ctypes.c_uint64(0)
+    return value.value if sysctl(name, value) else None
 
 
 def nvidia() -> tuple[int | None, list[dict[str, Any]]]:

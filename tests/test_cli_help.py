@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,15 @@ def test_quiet_leaves_only_results() -> None:
     assert quiet.err == ""
     assert "tok/s" in loud.err
     assert succeed("bench", STORIES, "-p", 4, "-n", 1, "-r", 1, "-q").err == ""
+
+
+def test_verbose_says_what_runs_where() -> None:
+    for arguments in (("run", STORIES, "Once", "-n", 1), ("bench", STORIES, "-p", 4, "-n", 1, "-r", 1)):
+        err = succeed(*arguments, "-v").err
+        assert "stories260K.bin: LlamaForCausalLM, 260,032 parameters" in err
+        assert re.search(r"^cpu: \d+ threads; [\d.]+ [kM]B of KV cache for [\d,]+ tokens$", err, re.MULTILINE)
+        assert re.search(r"^loaded in [\d.]+ s$", err, re.MULTILINE)
+        assert "KV cache" not in succeed(*arguments).err
 
 
 def test_quiet_still_says_what_went_wrong() -> None:

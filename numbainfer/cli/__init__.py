@@ -6,6 +6,7 @@ usage; 130 after Ctrl-C (128 and the signal's number, as shells have it).
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -51,6 +52,8 @@ def main() -> None:
     except OSError as error:
         if debug:
             raise
+        if os.name == "nt" and error.errno == errno.EINVAL and error.filename is None:
+            sys.exit(0)  # how Windows says that the reader went away
         code = _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
     except Exception as error:
         if debug:
