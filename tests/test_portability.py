@@ -35,6 +35,8 @@ GUARDED = {
     ("numbainfer.machine", "os.sysconf"),
     ("numbainfer.safetensors_file", "mmap.MADV_DONTNEED"),
     ("numbainfer.converters.scratch", "fcntl"),
+    ("numbainfer.converters.source", "mmap.MADV_DONTNEED"),
+    ("numbainfer.converters.torch_file", "mmap.MADV_DONTNEED"),
 }
 
 
