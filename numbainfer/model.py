@@ -137,7 +137,9 @@ class Model:
         if key not in self._inputs:
             self._inputs[key] = matrix.input_buffer(self.ops.pool, self.chunk)
         buffer = self._inputs[key]
-        return buffer.first(tokens) if isinstance(buffer, QuantizedRows) else buffer[:tokens]
+        if isinstance(buffer, QuantizedRows):
+            return buffer.first(tokens, self.ops.backend.activation_planes(tokens))
+        return buffer[:tokens]
 
     def step(
         self, tokens: Sequence[int], positions: Any, sequences: Any, logits: str | int = "last"

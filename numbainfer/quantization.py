@@ -37,7 +37,7 @@ class Matrix:
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def input_buffer(self, pool: MemoryPool, tokens: int, planes: int = 2) -> Any:
+    def input_buffer(self, pool: MemoryPool, tokens: int) -> Any:
         """Where the operator before puts this matrix's input: float32 [tokens, in]."""
         return pool.empty((tokens, self.shape[1]), np.float32)
 
@@ -58,26 +58,30 @@ class QuantizedMatrix:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
 
-    def input_buffer(self, pool: MemoryPool, tokens: int, planes: int = 2) -> QuantizedRows:
+    def input_buffer(self, pool: MemoryPool, tokens: int) -> QuantizedRows:
         """Where the operator before puts this matrix's input, quantized in the same groups."""
-        return QuantizedRows.empty(pool, tokens, self.shape[1], self.group, planes)
+        return QuantizedRows.empty(pool, tokens, self.shape[1], self.group, planes=2)
 
 
 @dataclass
 class QuantizedRows:
-    """Activations as integers with a scale per group: value = scale * q.
+    """Activations as integers with a scale per group: value = scale * q, q = 256 * high + low in -32512 to 32512.
 
-    One plane: q in -127 to 127, codes [rows, padded] int8. Two planes: q = 256 * high + low in -32512 to 32512,
-    which is as good as float32 for what follows, at twice the dot products; codes [rows, 2 * padded], a row's high
-    bytes and then its low bytes. scales [rows, in / group] float32; sums [rows, in / group] int32: of q.
+    Two forms in the same memory, codes [rows, 2 * padded] int8:
+    - planes 2: a row's high bytes, then its low bytes. 15 bits, as good as float32 for what follows, at twice the dot
+      products of plain int8.
+    - planes 1: a row's low bytes; of the high bytes only the blocks of 4 columns where one is not 0, packed behind
+      each other. outliers [rows, 1 + padded / 4] int32 has their number and the first column of each.
 
-    `rows` is rounded up to a multiple of 8 and `padded` to one of 64, so that kernels read whole tiles; the
-    padding columns are zero. `tokens` rows and `width` columns hold values.
+    scales [rows, in / group] float32; sums [rows, in / group] int32: of q. `rows` is rounded up to a multiple of 8
+    and `padded` to one of 64, so that kernels read whole tiles; the padding columns of a plane are zero. `tokens` rows
+    and `width` columns hold values.
     """
 
     codes: Any
     scales: Any
     sums: Any
+    outliers: Any
     tokens: int
     width: int
     group: int
@@ -86,10 +90,11 @@ class QuantizedRows:
     @classmethod
     def empty(cls, pool: MemoryPool, tokens: int, width: int, group: int, planes: int) -> QuantizedRows:
         rows, padded = -(-tokens // 8) * 8, -(-width // 64) * 64
-        codes = pool.zeros((rows, planes * padded), np.int8)
+        codes = pool.zeros((rows, 2 * padded), np.int8)
         scales = pool.zeros((rows, width // group), np.float32)
         sums = pool.zeros((rows, width // group), np.int32)
-        return cls(codes, scales, sums, tokens, width, group, planes)
+        outliers = pool.zeros((rows, 1 + padded // 4), np.int32)
+        return cls(codes, scales, sums, outliers, tokens, width, group, planes)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,20 +105,30 @@ class QuantizedRows:
         """Bytes from one row to the next."""
         return self.codes.shape[1]
 
+    def integers(self) -> np.ndarray:
+        """q [tokens, in] int32: for tests and for looking at them."""
+        halves = np.asarray(self.codes, np.int8)[: self.tokens].reshape(self.tokens, 2, -1)
+        if self.planes == 2:
+            q = 256 * halves[:, 0].astype(np.int32) + halves[:, 1]
+        else:
+            q = halves[:, 0].astype(np.int32)
+            for row, blocks, (count, *columns) in zip(q, halves[:, 1], np.asarray(self.outliers), strict=False):
+                for block, column in enumerate(columns[:count]):
+                    row[column : column + 4] += 256 * blocks[4 * block : 4 * block + 4].astype(np.int32)
+        return q[:, : self.width]
+
     def dequantize(self) -> np.ndarray:
         """The values [tokens, in] in float64: for tests and for looking at them."""
-        planes = np.asarray(self.codes, np.int32)[: self.tokens].reshape(self.tokens, self.planes, -1)
-        q = planes[:, 0] if self.planes == 1 else 256 * planes[:, 0] + planes[:, 1]
-        grouped = q[:, : self.width].reshape(self.tokens, -1, self.group)
+        grouped = self.integers().reshape(self.tokens, -1, self.group)
         scales = np.asarray(self.scales, np.float64)[: self.tokens, :, None]
         return (grouped * scales).reshape(self.tokens, self.width)
 
-    def first(self, tokens: int) -> QuantizedRows:
-        """The same memory, holding that many tokens."""
-        return replace(self, tokens=tokens)
+    def first(self, tokens: int, planes: int | None = None) -> QuantizedRows:
+        """The same memory, holding that many tokens, in the form of `planes` (None: as here)."""
+        return replace(self, tokens=tokens, planes=planes or self.planes)
 
     def release(self, pool: MemoryPool) -> None:
-        for array in (self.codes, self.scales, self.sums):
+        for array in (self.codes, self.scales, self.sums, self.outliers):
             pool.release(array)
 
 

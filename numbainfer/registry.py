@@ -54,9 +54,10 @@ def rmsnorm(stream: Any, x: Any, weight: Any, eps: float, out: Any) -> None:
 
 @operator
 def quantize(stream: Any, x: Any, out: Any) -> None:
-    """Symmetric integers per group: s = max|x| / top, q = round(x / s), ties to even; zeros where max|x| < 1e-33.
+    """Symmetric integers per group: q = round(x / s), ties to even; zeros where max|x| of the group < 1e-33.
 
-    x [T, D] to QuantizedRows [T, D], scales float32. One plane: top = 127. Two planes: top = 127 * 256, q split into
+    x [T, D] to QuantizedRows [T, D], scales float32. Two planes: s = max|x| / 32512. One plane:
+    s = max(min(max|x|, 4 * rms of the row) / 127, max|x| / 32512). q = 256 * high + low,
     high = floor((q + 128) / 256) and low = max(q - 256 * high, -127).
     """
 
@@ -226,6 +227,7 @@ MIXTURE = ("route", "group_by_expert", "linear_experts", "combine")
 #   upload(pool, array) -> a NumPy array's values on the device: the array itself where that is possible
 #   download(stream, array) -> a device's array as a NumPy array, which lives until the next download
 #   device_name(device) -> what the device calls itself
+#   activation_planes(tokens) -> the form of QuantizedRows that its int8 `linear` wants for a step of so many tokens
 #   BandwidthProbe(stream) -> .measure() gives the memory read bandwidth in bytes/s
 _BACKENDS = {"cpu": "numbainfer.cpu", "cuda": "numbainfer.gpu"}
 

@@ -62,6 +62,18 @@ def quantize_groups(x: ArrayLike, group: int) -> tuple[NDArray[np.int8], Float]:
     return q.reshape(rows, width).astype(np.int8), scales
 
 
+def activation_scales(x: ArrayLike, group: int, planes: int) -> Float:
+    """The scale of each group of activations: see registry.quantize. Squares are float32: some overflow."""
+    x = np.asarray(x, np.float64)
+    largest = np.abs(x.reshape(len(x), -1, group)).max(axis=-1)
+    if planes == 2:
+        return largest / 32512
+    with np.errstate(over="ignore"):
+        squares = np.square(x.astype(np.float32)).astype(np.float64)
+    limit = 4 * np.sqrt(squares.mean(axis=-1, keepdims=True))
+    return np.maximum(np.minimum(largest, limit) / 127, largest / 32512)
+
+
 def dequantize(q: ArrayLike, scales: ArrayLike) -> Float:
     """q * s, each scale over its group. q int8 [rows, in], scales [rows, in / group] -> [rows, in]."""
     q, scales = _f64(q), _f64(scales)

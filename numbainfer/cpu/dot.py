@@ -99,3 +99,9 @@ def emit_dot4_packed(builder: Any, acc: Any, w: Any, x: Any) -> Any:
     operand = _vnni_operand(builder.module.triple)
     args = [builder.bitcast(v, operand) for v in (w, x)]
     return simd._call(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, acc, *args)
+
+
+@simd._define(I32x16, I32x16, I8x64, I8x64)
+def dot4_packed(builder: Any, acc: Any, w: Any, x: Any) -> Any:
+    """As dot4, for weights of a packed panel."""
+    return emit_dot4_packed(builder, acc, w, x)

@@ -10,7 +10,7 @@ from numpy import float32
 
 from numbainfer.cpu.compile import kernel
 from numbainfer.cpu.launch import Stream
-from numbainfer.cpu.quantize import check_rows, quantize_row, row_arguments
+from numbainfer.cpu.quantize import check_rows, quantize_row, row_arguments, row_of
 from numbainfer.cpu.simd import (
     advance,
     exp,
@@ -85,11 +85,12 @@ def _rmsnorm(task, worker, x, weight, width, eps, out):
 
 
 @kernel
-def _rmsnorm_quantize(task, worker, x, weight, width, eps, group, planes, codes, stride, scales, sums, scratch, floats):
-    row, at = advance(scratch, worker * floats), task * (width // group)
+def _rmsnorm_quantize(
+    task, worker, x, weight, width, eps, group, planes, codes, stride, scales, sums, outliers, scratch, floats
+):
+    row = advance(scratch, worker * floats)
     norm_row(advance(x, task * width), weight, width, eps, row)
-    codes = advance(codes, task * stride)
-    quantize_row(row, width, group, planes, codes, stride // planes, advance(scales, at), advance(sums, at))
+    quantize_row(row, width, *row_of(task, 0, width, group, planes, codes, stride, scales, sums, outliers))
 
 
 def rmsnorm(stream: Stream, x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray | QuantizedRows) -> None:
@@ -125,16 +126,14 @@ def _swiglu(task, worker, gate_up, width, out):
 
 @kernel
 def _swiglu_quantize(
-    task, worker, gate_up, width, per_task, parts, group, planes, codes, stride, scales, sums, scratch, floats
+    task, worker, gate_up, width, per_task, parts, group, planes, codes, stride, scales, sums, outliers, scratch, floats
 ):
-    # A row is split into parts of whole groups, so that one token's work spreads over the cores.
     token, first = task // parts, task % parts * per_task
     columns = min(per_task, width - first)
     gate = advance(gate_up, token * 2 * width + first)
-    row, at = advance(scratch, worker * floats), token * (width // group) + first // group
-    _swiglu_row(gate, advance(gate, width), columns, row)
-    codes = advance(codes, token * stride + first)
-    quantize_row(row, columns, group, planes, codes, stride // planes, advance(scales, at), advance(sums, at))
+    values = advance(scratch, worker * floats)
+    _swiglu_row(gate, advance(gate, width), columns, values)
+    quantize_row(values, columns, *row_of(token, first, width, group, planes, codes, stride, scales, sums, outliers))
 
 
 def swiglu(stream: Stream, gate_up: np.ndarray, out: np.ndarray | QuantizedRows) -> None:
@@ -144,7 +143,9 @@ def swiglu(stream: Stream, gate_up: np.ndarray, out: np.ndarray | QuantizedRows)
         raise ValueError(f"swiglu: gate_up {gate_up.shape}, out {out.shape} do not fit")
     if isinstance(out, QuantizedRows):
         check_rows(out, tokens, width)
-        per_task = 1024  # a multiple of every group; about 1 us of work
+        # Two planes know no outliers, so a row may be split: one token's work spreads over the cores. 1024 is a
+        # multiple of every group, and about 1 us of work.
+        per_task = 1024 if out.planes == 2 else width
         parts = -(-width // per_task)
         scratch = stream.scratch(per_task)
         arrays = (gate_up, width, per_task, parts, *row_arguments(out), scratch, scratch.shape[1])

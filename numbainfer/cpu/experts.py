@@ -17,7 +17,7 @@ from numpy import float32, int32, int64
 from numbainfer.cpu.compile import Kernel, kernel
 from numbainfer.cpu.elementwise import softmax_row
 from numbainfer.cpu.launch import Stream
-from numbainfer.cpu.linear_int8 import PANEL_KERNELS, ROW_FORM_TOKENS, ROW_KERNELS, pack_panel, rows_per_task
+from numbainfer.cpu.linear_int8 import PANEL_KERNELS, ROW_KERNELS, add_outliers, pack_panel, rows_per_task
 from numbainfer.cpu.quantize import check_rows
 from numbainfer.cpu.simd import (
     advance,
@@ -33,7 +33,7 @@ from numbainfer.cpu.simd import (
     store,
 )
 from numbainfer.cpu.tile import TILE_ROWS, TILE_TOKENS, tile_spill
-from numbainfer.quantization import Matrix, QuantizedMatrix, QuantizedRows
+from numbainfer.quantization import GROUPS, Matrix, QuantizedMatrix, QuantizedRows
 
 
 @kernel
@@ -110,68 +110,65 @@ def _copy_floats(source, target, count):
 
 
 def _make_int8_kernels(group: int, planes: int) -> tuple[Kernel, Kernel]:
-    """The form for few places, and the one for many."""
-    _, _, dot_row = ROW_KERNELS[group, planes]
+    """The form for few places (of two planes), and the one for many."""
+    _, _, dot_row = ROW_KERNELS[group]
     _, tile_product = PANEL_KERNELS[group, planes]
-
-    @njit
-    def rows_of_place(w, ws, x, low, xs, sums, source, first, last, width, factors, y):
-        """y[first : last] = these rows of one expert times row `source` of x."""
-        groups = width // group
-        x, xs, sums = advance(x, source * planes * low), advance(xs, source * groups), advance(sums, source * groups)
-        for row in range(first, last):
-            y[row] = dot_row(advance(w, row * width), advance(ws, row * groups), x, low, xs, sums, width, factors)
 
     @kernel
     def few(task, worker, w, ws, x, low, xs, sums, starts, tokens, gathered, y, rows, width, per_task, parts):
         place, first = task // parts, task % parts * per_task
-        at = _expert_of(place, starts) * rows
+        at, groups = _expert_of(place, starts) * rows, width // group
         source = int64(tokens[place]) if gathered else place
-        w, ws, y = advance(w, at * width), advance(ws, at * (width // group)), advance(y, place * rows)
-        last = min(rows, first + per_task)
-        rows_of_place(w, ws, x, low, xs, sums, source, first, last, width, local_floats(), y)
+        x, xs, sums = advance(x, source * 2 * low), advance(xs, source * groups), advance(sums, source * groups)
+        factors = local_floats()
+        for row in range(first, min(rows, first + per_task)):
+            w_row, ws_row = advance(w, (at + row) * width), advance(ws, (at + row) * groups)
+            y[place * rows + row] = dot_row(w_row, ws_row, x, low, xs, sums, width, factors)
 
     @kernel
     def many(
-        task, worker, w, ws, x, low, xs, sums, starts, tokens, gathered, y, rows, width, panels, scratch, floats
+        task, worker, w, ws, x, low, xs, sums, outliers, starts, tokens, gathered, y, rows, width, panels, scratch,
+        floats
     ):  # fmt: skip
         expert, first = task // panels, task % panels * TILE_ROWS
         begin, end = int64(starts[expert]), int64(starts[expert + 1])
+        if begin == end:
+            return
         groups, valid = width // group, min(TILE_ROWS, rows - first)
         at = expert * rows + first
         w, ws = advance(w, at * width), advance(ws, at * groups)
-        if end - begin <= ROW_FORM_TOKENS:  # too few to be worth a panel; often none
-            for place in range(begin, end):
-                source = int64(tokens[place]) if gathered else place
-                target = advance(y, place * rows + first)
-                rows_of_place(w, ws, x, low, xs, sums, source, 0, valid, width, local_floats(), target)
-            return
         # This worker's: a finished tile, the panel's scales, the tile's scales, sums and codes, the panel.
         corner = advance(scratch, worker * floats)
         scales = advance(corner, TILE_TOKENS * TILE_ROWS)
         xs_tile = advance(scales, groups * TILE_ROWS)
         sums_tile = as_ints(advance(xs_tile, TILE_TOKENS * groups))
         x_tile = advance(xs_tile, 2 * TILE_TOKENS * groups)
-        words = planes * low // 4  # a row of codes, as floats to be copied
+        stride = planes * low  # of a row in the tile
+        words = stride // 4  # its bytes, as floats to be copied
         panel = as_bytes(advance(x_tile, TILE_TOKENS * words))
         pack_panel(w, ws, valid, width, groups, panel, scales)
         for tile in range(begin, end, TILE_TOKENS):
             for j in range(TILE_TOKENS):  # a place past the end repeats the last, and its result is dropped
                 place = min(tile + j, end - 1)
                 source = int64(tokens[place]) if gathered else place
-                _copy_floats(as_floats(advance(x, source * planes * low)), advance(x_tile, j * words), words)
+                _copy_floats(as_floats(advance(x, source * 2 * low)), advance(x_tile, j * words), words)
                 for g in range(groups):
                     xs_tile[j * groups + g] = xs[source * groups + g]
                     sums_tile[j * groups + g] = sums[source * groups + g]
-            acc = tile_product(panel, scales, as_bytes(x_tile), low, xs_tile, sums_tile, groups)
+            codes = as_bytes(x_tile)
+            acc = tile_product(panel, scales, codes, low, stride, xs_tile, sums_tile, groups, False, w)
             tile_spill(acc, corner)
             for j in range(min(TILE_TOKENS, end - tile)):
-                _copy_floats(advance(corner, j * TILE_ROWS), advance(y, (tile + j) * rows + first), valid)
+                source, row = int64(tokens[tile + j]) if gathered else tile + j, advance(corner, j * TILE_ROWS)
+                codes, blocks = advance(x, source * 2 * low), advance(outliers, source * (1 + low // 4))
+                if planes == 1 and blocks[0]:
+                    add_outliers(row, panel, scales, group, codes, low, advance(xs_tile, j * groups), blocks)
+                _copy_floats(row, advance(y, (tile + j) * rows + first), valid)
 
     return few, many
 
 
-_INT8_KERNELS = {key: _make_int8_kernels(*key) for key in ROW_KERNELS}
+_INT8_KERNELS = {(g, planes): _make_int8_kernels(g, planes) for g in GROUPS for planes in (1, 2)}
 
 
 @njit
@@ -232,18 +229,18 @@ def linear_experts(
     check_rows(x, x.tokens, width)
     if x.group != weight.group:
         raise ValueError(f"linear_experts: x {x.shape} of group {x.group}, weight of group {weight.group}")
-    low = x.stride // x.planes
-    arrays = (weight.codes, weight.scales, x.codes, low, x.scales, x.sums, *where)
+    low = x.stride // 2
+    arrays = (weight.codes, weight.scales, x.codes, low, x.scales, x.sums)
     kernel_few, kernel_many = _INT8_KERNELS[weight.group, x.planes]
-    if few:
+    if few and x.planes == 2:
         per_task = rows_per_task(rows, width, stream.threads)
         parts = -(-rows // per_task)
-        stream.launch(kernel_few, places * parts, *arrays, per_task, parts)
+        stream.launch(kernel_few, places * parts, *arrays, *where, per_task, parts)
         return
     groups, panels = width // weight.group, -(-rows // TILE_ROWS)
-    tile = TILE_TOKENS * (TILE_ROWS + 2 * groups + x.stride // 4)
+    tile = TILE_TOKENS * (TILE_ROWS + 2 * groups + x.planes * low // 4)
     scratch = stream.scratch(tile + groups * TILE_ROWS + width * TILE_ROWS // 4)
-    stream.launch(kernel_many, experts * panels, *arrays, panels, scratch, scratch.shape[1])
+    stream.launch(kernel_many, experts * panels, *arrays, x.outliers, *where, panels, scratch, scratch.shape[1])
 
 
 _COMBINE_COLUMNS = 512  # of a task: one token's work spreads over the cores

@@ -24,7 +24,7 @@ from numba import njit
 from numpy import float32, int32
 
 from numbainfer.cpu.compile import Kernel, kernel
-from numbainfer.cpu.dot import dot4
+from numbainfer.cpu.dot import dot4, dot4_packed
 from numbainfer.cpu.isa import detect
 from numbainfer.cpu.launch import Stream
 from numbainfer.cpu.quantize import check_rows
@@ -45,6 +45,7 @@ from numbainfer.cpu.simd import (
     splat,
     splat2,
     splat_i32,
+    splat_word,
     store,
     store_word,
     times256,
@@ -53,6 +54,7 @@ from numbainfer.cpu.simd import (
 from numbainfer.cpu.tile import (
     TILE_ROWS,
     TILE_TOKENS,
+    scales_transpose,
     tile_add_scaled,
     tile_dot,
     tile_next_plane,
@@ -70,7 +72,7 @@ AHEAD = 8192  # bytes of prefetch distance
 ROW_FORM_TOKENS = 4
 
 
-def _make_row_kernels(group: int, planes: int) -> tuple[Kernel, Kernel, Any]:
+def _make_row_kernels(group: int) -> tuple[Kernel, Kernel, Any]:
     """The row form for one token, and for four at a time; and the product of one row with one token."""
 
     @njit
@@ -102,11 +104,8 @@ def _make_row_kernels(group: int, planes: int) -> tuple[Kernel, Kernel, Any]:
     @njit
     def block(weights, x, low, sums, i, width):
         """float32 sums of products of columns i to i + 63."""
-        d = start(sums, i, width)
-        if planes == 2:
-            high = dot4(splat_i32(int32(0)), weights, load_i8(x, i))
-            return to_f32(times256(high) + dot4(d, weights, load_i8(x, low + i)))
-        return to_f32(dot4(d, weights, load_i8(x, i)))
+        high = dot4(splat_i32(int32(0)), weights, load_i8(x, i))
+        return to_f32(times256(high) + dot4(start(sums, i, width), weights, load_i8(x, low + i)))
 
     @njit
     def row_block(w, i, width):
@@ -144,7 +143,7 @@ def _make_row_kernels(group: int, planes: int) -> tuple[Kernel, Kernel, Any]:
 
     @kernel
     def gemv4(task, worker, w, ws, x, low, xs, sums, bias, residual, flags, y, rows, width, per_task, tokens):
-        groups, stride = width // group, planes * low
+        groups, stride = width // group, 2 * low
         for first in range(0, tokens, 4):  # rows of x are padded to 8, so four may always be read
             x0 = advance(x, first * stride)
             x1, x2, x3 = advance(x0, stride), advance(x0, 2 * stride), advance(x0, 3 * stride)
@@ -179,41 +178,98 @@ def _make_row_kernels(group: int, planes: int) -> tuple[Kernel, Kernel, Any]:
 def pack_panel(w, ws, valid, width, groups, panel, scales):
     """Rows of W as panel [width / 4][32][4] (with the offset added) and scales [groups][32]; absent rows as zeros."""
     for half in range(0, TILE_ROWS, 16):
-        whole = width // 64 * 64 if valid >= half + 16 else 0
+        whole, whole_groups = 0, 0  # what is packed 16 rows at a time
+        if valid >= half + 16:
+            whole, whole_groups = width // 64 * 64, groups // 16 * 16
         for i in range(0, whole, 64):
             tile_transpose(advance(w, half * width + i), width, advance(panel, (i * TILE_ROWS + half * 4)))
-        for r in range(half, half + 16):  # the last columns, or the last rows, by words
+        for g in range(0, whole_groups, 16):
+            scales_transpose(advance(ws, half * groups + g), groups, advance(scales, g * TILE_ROWS + half))
+        for r in range(half, half + 16):  # the last columns, or the last rows, one by one
             for i in range(whole, width, 4):
                 word = load_word(w, r * width + i) if r < valid else int32(0)
                 store_word(panel, i * TILE_ROWS + r * 4, word ^ int32(OFFSET_BYTES))
-            for g in range(groups):
+            for g in range(whole_groups, groups):
                 scales[g * TILE_ROWS + r] = get(ws, r * groups + g) if r < valid else float32(0)
 
 
+@njit
+def _prefetch_rows(w, width):
+    """One cache line of each row of a panel."""
+    for r in range(TILE_ROWS):
+        prefetch(w, r * width)
+
+
+@njit
+def add_outliers(row, panel, scales, group, codes, low, xs, outliers):
+    """row[32] += the products of a token's high bytes: 4 columns by 32 rows at a time."""
+    a0, a1 = load(row, 0), load(row, 16)
+    for block in range(outliers[0]):
+        column = outliers[1 + block]
+        g = column // group
+        four, at = splat_word(codes, low + 4 * block), column * TILE_ROWS
+        factor = splat(xs[g] * float32(256))
+        d0 = to_f32(dot4_packed(splat_i32(int32(0)), load_i8(panel, at), four))
+        d1 = to_f32(dot4_packed(splat_i32(int32(0)), load_i8(panel, at + 64), four))
+        a0 = fma(d0, load(scales, g * TILE_ROWS) * factor, a0)
+        a1 = fma(d1, load(scales, g * TILE_ROWS + 16) * factor, a1)
+    store(row, 0, a0)
+    store(row, 16, a1)
+
+
+@njit
+def _finish(row, valid, bias, residual, flags, y):
+    """y[valid] = row + bias + residual, where flags say so."""
+    if valid == TILE_ROWS:
+        for r in range(0, TILE_ROWS, 16):
+            value = load(row, r)
+            if flags & 1:
+                value = value + load(bias, r)
+            if flags & 2:
+                value = value + load(residual, r)
+            store(y, r, value)
+        return
+    for r in range(valid):
+        one = row[r]
+        if flags & 1:
+            one += bias[r]
+        if flags & 2:
+            one += residual[r]
+        y[r] = one
+
+
 def _make_panel_kernel(group: int, planes: int) -> tuple[Kernel, Any]:
-    """The panel form; and the product of one panel with one tile of tokens."""
+    """The panel form; and the product of one panel with one tile of tokens, but for outliers."""
 
     @njit
-    def tile_product(panel, scales, x_tile, low, xs, sums, groups):
+    def tile_product(panel, scales, x_tile, low, stride, xs, sums, groups, fetch, ahead):
+        """low: where the low bytes of two planes begin in a row of x. fetch: whether the memory fetches 32 rows from
+        `ahead` on meanwhile, as wide as these."""
         acc = tile_zero()
         for g in range(groups):
+            if fetch:
+                for i in range(g * group, (g + 1) * group, 64):
+                    _prefetch_rows(advance(ahead, i), groups * group)
             if planes == 2:
                 d = tile_zero_i32()
                 for k in range(g * group, (g + 1) * group, 4):
-                    d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, k), 2 * low)
+                    d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, k), stride)
                 d = tile_next_plane(d, advance(sums, g), groups)
                 for k in range(g * group, (g + 1) * group, 4):
-                    d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, low + k), 2 * low)
+                    d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, low + k), stride)
             else:
                 d = tile_start(advance(sums, g), groups)
                 for k in range(g * group, (g + 1) * group, 4):
-                    d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, k), low)
+                    d = tile_dot(d, advance(panel, k * TILE_ROWS), advance(x_tile, k), stride)
             acc = tile_add_scaled(acc, d, advance(scales, g * TILE_ROWS), advance(xs, g), groups)
         return acc
 
     @kernel
-    def gemm(task, worker, w, ws, x, low, xs, sums, bias, residual, flags, y, rows, width, tokens, scratch, floats):
-        groups = width // group
+    def gemm(
+        task, worker, w, ws, x, low, xs, sums, outliers, bias, residual, flags, y, rows, width, tokens, workers,
+        scratch, floats
+    ):  # fmt: skip
+        groups, found = width // group, 1 + low // 4
         first = task * TILE_ROWS
         valid = min(TILE_ROWS, rows - first)
         corner = advance(scratch, worker * floats)  # this worker's: a finished tile, then scales, then the panel
@@ -221,22 +277,23 @@ def _make_panel_kernel(group: int, planes: int) -> tuple[Kernel, Any]:
         panel = as_bytes(advance(scales, groups * TILE_ROWS))
         pack_panel(advance(w, first * width), advance(ws, first * groups), valid, width, groups, panel, scales)
         for token in range(0, tokens, TILE_TOKENS):  # rows of x are padded to 8, so a whole tile may be read
-            x_tile, at = advance(x, token * planes * low), token * groups
-            tile_spill(tile_product(panel, scales, x_tile, low, advance(xs, at), advance(sums, at), groups), corner)
+            x_tile, group_at = advance(x, token * 2 * low), token * groups
+            numbers, totals = advance(xs, group_at), advance(sums, group_at)
+            # meanwhile the memory fetches the panel that this worker is likely to take next
+            ahead = advance(w, (first + workers * TILE_ROWS) * width)
+            acc = tile_product(panel, scales, x_tile, low, 2 * low, numbers, totals, groups, token == 0, ahead)
+            tile_spill(acc, corner)
             for j in range(min(TILE_TOKENS, tokens - token)):
-                at = (token + j) * rows + first
-                for r in range(valid):
-                    value = corner[j * TILE_ROWS + r]
-                    if flags & 1:
-                        value += bias[first + r]
-                    if flags & 2:
-                        value += residual[at + r]
-                    y[at + r] = value
+                at, row = (token + j) * rows + first, advance(corner, j * TILE_ROWS)
+                codes, blocks = advance(x_tile, j * 2 * low), advance(outliers, (token + j) * found)
+                if planes == 1 and blocks[0]:
+                    add_outliers(row, panel, scales, group, codes, low, advance(numbers, j * groups), blocks)
+                _finish(row, valid, advance(bias, first), advance(residual, at), flags, advance(y, at))
 
     return gemm, tile_product
 
 
-ROW_KERNELS = {(g, planes): _make_row_kernels(g, planes) for g in GROUPS for planes in (1, 2)}
+ROW_KERNELS = {g: _make_row_kernels(g) for g in GROUPS}
 PANEL_KERNELS = {(g, planes): _make_panel_kernel(g, planes) for g in GROUPS for planes in (1, 2)}
 
 
@@ -254,21 +311,23 @@ def linear_int8(
     if x.group != group or out.shape != (tokens, rows):
         raise ValueError(f"linear: x {x.shape} of group {x.group}, weight {weight.shape} of group {group}, {out.shape}")
     flags = (bias is not None) + 2 * (residual is not None)
-    low = x.stride // x.planes  # where a row's low bytes begin
-    arrays = (weight.codes, weight.scales, x.codes, low, x.scales, x.sums, bias, residual, flags, out, rows, width)
-    if tokens > ROW_FORM_TOKENS:
+    low = x.stride // 2  # where the second half of a row of codes begins
+    sources = (weight.codes, weight.scales, x.codes, low, x.scales, x.sums)
+    results = (bias, residual, flags, out, rows, width)
+    if x.planes == 1 or tokens > ROW_FORM_TOKENS:
         floats = TILE_TOKENS * TILE_ROWS + (width // group) * TILE_ROWS + width * TILE_ROWS // 4
         scratch = stream.scratch(floats)
         tasks = -(-rows // TILE_ROWS)
-        stream.launch(PANEL_KERNELS[group, x.planes][0], tasks, *arrays, tokens, scratch, scratch.shape[1])
+        arrays = (*sources, x.outliers, *results, tokens, stream.threads, scratch, scratch.shape[1])
+        stream.launch(PANEL_KERNELS[group, x.planes][0], tasks, *arrays)
         return
     per_task = rows_per_task(rows, width, stream.threads)
     tasks = -(-rows // per_task)
-    gemv, gemv4, _ = ROW_KERNELS[group, x.planes]
+    gemv, gemv4, _ = ROW_KERNELS[group]
     if tokens == 1:
-        stream.launch(gemv, tasks, *arrays, per_task)
+        stream.launch(gemv, tasks, *sources, *results, per_task)
     else:
-        stream.launch(gemv4, tasks, *arrays, per_task, tokens)
+        stream.launch(gemv4, tasks, *sources, *results, per_task, tokens)
 
 
 def rows_per_task(rows: int, row_bytes: int, threads: int) -> int:

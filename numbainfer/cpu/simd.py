@@ -407,6 +407,13 @@ def load_i8_half(builder: Any, pointer: Any, index: Any) -> Any:
     return builder.shuffle_vector(low, ir.Constant(half, [0] * 32), lanes)
 
 
+@_define(I8x64, _P8, types.int64)
+def splat_word(builder: Any, pointer: Any, index: Any) -> Any:
+    """The 4 bytes from pointer[index] on, 16 times."""
+    word = builder.load(_address(builder, pointer, index, _i32), align=1)
+    return builder.bitcast(_splat(builder, word, I32x16.llvm), I8x64.llvm)
+
+
 @_define(I32x16, _P8, types.int64)
 def load_i8x16(builder: Any, pointer: Any, index: Any) -> Any:
     """16 bytes from pointer[index] on, each as int32."""

@@ -135,8 +135,7 @@ def tile_spill(builder: Any, tile: list, out: Any) -> None:
 def tile_transpose(builder: Any, tile: list, rows: Any, stride: Any, panel: Any) -> None:
     """Packs 16 rows of 64 bytes, `stride` apart, into 16 vectors of a panel: vector k has bytes 4k to 4k + 3 of each.
 
-    A 16 x 16 transpose of int32 in four rounds: round n exchanges, between rows 2^n apart, the lanes whose bit n
-    differs. weight_offset is added on the way.
+    weight_offset is added on the way.
     """
     vectors = []
     for row in range(16):
@@ -144,6 +143,29 @@ def tile_transpose(builder: Any, tile: list, rows: Any, stride: Any, panel: Any)
         if detect().weight_offset:
             vector = builder.xor(vector, ir.Constant(I32x16.llvm, [-0x7F7F7F80] * 16))  # bytes 0x80
         vectors.append(vector)
+    for k, vector in enumerate(_transpose(builder, vectors)):
+        address = builder.gep(panel, [_index(k * 4 * TILE_ROWS)])
+        builder.store(vector, builder.bitcast(address, I32x16.llvm.as_pointer()), align=1)
+
+
+@_tile_intrinsic(types.void, types.CPointer(simd.F16), types.int64, _PF)
+def scales_transpose(builder: Any, tile: list, rows: Any, stride: Any, out: Any) -> None:
+    """16 rows of 16 float16 scales, `stride` apart, as 16 vectors of float32, TILE_ROWS apart: vector g has scale g of
+    each row."""
+    half = ir.VectorType(ir.IntType(16), 16)
+    vectors = []
+    for row in range(16):
+        address = builder.gep(rows, [builder.mul(stride, _index(row))])
+        bits = builder.load(builder.bitcast(address, half.as_pointer()), align=1)
+        vectors.append(simd._widen_half(builder, bits))
+    for g, vector in enumerate(_transpose(builder, vectors)):
+        address = builder.gep(out, [_index(g * TILE_ROWS)])
+        builder.store(vector, builder.bitcast(address, F32x16.llvm.as_pointer()), align=1)
+
+
+def _transpose(builder: Any, vectors: list) -> list:
+    """A 16 x 16 transpose in four rounds: round n exchanges, between vectors 2^n apart, the lanes whose bit n
+    differs."""
     lanes = ir.VectorType(ir.IntType(32), 16)
     for step in (1, 2, 4, 8):
         low = [lane if lane & step == 0 else 16 + lane - step for lane in range(16)]
@@ -153,9 +175,7 @@ def tile_transpose(builder: Any, tile: list, rows: Any, stride: Any, panel: Any)
                 a, b = vectors[row], vectors[row + step]
                 vectors[row] = builder.shuffle_vector(a, b, ir.Constant(lanes, low))
                 vectors[row + step] = builder.shuffle_vector(a, b, ir.Constant(lanes, high))
-    for k, vector in enumerate(vectors):
-        address = builder.gep(panel, [_index(k * 4 * TILE_ROWS)])
-        builder.store(vector, builder.bitcast(address, I32x16.llvm.as_pointer()), align=1)
+    return vectors
 
 
 # --- float32 tiles of 4 rows by 64 columns ---------------------------------------------------------------------

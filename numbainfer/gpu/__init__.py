@@ -22,6 +22,7 @@ from numbainfer.memory import Allocator, MemoryPool
 
 __all__ = [
     "BandwidthProbe",
+    "activation_planes",
     "add",
     "argmax",
     "attention",
@@ -72,6 +73,11 @@ def download(stream: Stream, array: DeviceArray) -> np.ndarray:
 def device_name(device: Device) -> str:
     """The GPU's name."""
     return open_gpu(device.index).name
+
+
+def activation_planes(tokens: int) -> int:
+    """Two planes for any number of tokens."""
+    return 2
 
 
 def open_allocator(device: Device) -> Allocator:
