@@ -71,6 +71,11 @@ class SourceReader:
         self.config = ModelConfig.from_dict(source.config, str(source.path))
         check_tensors(self.config, {name: t.shape for name, t in source.tensors.items()}, str(source.path))
         self.ops = ops or bind(Device("cpu"))
+        self._exact = {p.name for group in parameter_groups(self.config) for p in group if p.exact}
+
+    def storage(self, name: str, width: int) -> tuple[str, int | None]:
+        """How a matrix is stored: its floating-point dtype, and its group where it is int8."""
+        return ("float32", None) if name in self._exact else (self.target.float_dtype, self.target.group(width))
 
     def quantized(self, tensor: SourceTensor, group: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(first row, codes, scales) of chunk after chunk of rows."""
@@ -139,10 +144,9 @@ class SourceWeights(SourceReader):
         """See checkpoint.Weights."""
         tensors = [self.source.tensors[name] for name in names]
         rows, width = sum(t.shape[0] for t in tensors), tensors[0].shape[1]
-        group = self.target.group(width)
+        dtype, group = self.storage(names[0], width)
         offset = 0
         if group is None:
-            dtype = self.target.float_dtype
             data = np.empty((rows, width), STORAGE[dtype])
             for tensor in tensors:
                 for start, part in self.converted(tensor, dtype):
@@ -270,13 +274,13 @@ def _entries(parameters: Sequence[Parameter], target: Target) -> list[tuple[str,
     """
     codes, floating, scales, vectors = [], [], [], []
     for p in parameters:
-        group = target.group(p.shape[1]) if p.is_matrix else None
+        group = target.group(p.shape[1]) if p.is_matrix and not p.exact else None
         if group is not None:
             codes.append((p.name, "I8", p.shape))
             scales.append((p.name + SCALE_SUFFIX, "F16", (p.shape[0], p.shape[1] // group)))
-        elif p.is_matrix:
+        elif p.is_matrix and not p.exact:
             floating.append((p.name, _SAFETENSORS_NAMES[target.float_dtype], p.shape))
-        else:
+        else:  # norms, biases, routers
             vectors.append((p.name, "F32", p.shape))
     return codes + floating + scales + vectors
 
@@ -329,7 +333,7 @@ def _write_shard(
     advance: Callable[[int], None],
 ) -> None:
     target, tensors = reader.target, reader.source.tensors
-    groups = {p.name: target.group(p.shape[1]) for p in shard if p.is_matrix}
+    groups = {p.name: target.group(p.shape[1]) for p in shard if p.is_matrix and not p.exact}
     scales: dict[str, list[np.ndarray]] = {}
     with SafetensorsWriter(path, _entries(shard, target), {"format": "pt"}) as writer:
         for name, dtype, _ in _entries(shard, target):

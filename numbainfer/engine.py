@@ -113,10 +113,14 @@ class Engine:
     def _borrow(self, prompt: list[int]) -> Sequence:
         """The idle sequence that has most of the prompt's beginning, cut to what they share."""
         # All but the last token, which is run anyway: for its logits
-        sequence = max(self._idle, key=lambda one: shared_prefix(one.tokens, prompt[:-1]))  # of equals the first
+        sequence = max(self._idle, key=lambda one: self._shared(one, prompt))  # of equals the first
         self._idle.remove(sequence)
-        self.model.cache.truncate(sequence, shared_prefix(sequence.tokens, prompt[:-1]))
+        self.model.cache.truncate(sequence, self._shared(sequence, prompt))
         return sequence
+
+    def _shared(self, sequence: Sequence, prompt: list[int]) -> int:
+        """How many tokens of a prompt a sequence has, whose keys and values hold for the prompt too."""
+        return shared_prefix(sequence.tokens, prompt[:-1]) if self.model.can_share(sequence, len(prompt)) else 0
 
     def _give_back(self, reply: Reply) -> None:
         assert reply.sequence is not None
@@ -139,7 +143,9 @@ class Engine:
             if rows:
                 ends.append((reply, tokens[inner:]))
         step = [(reply.sequence, tokens) for reply, tokens in parts + ends if reply.sequence is not None and tokens]
-        logits = self._step(step, sum(len(tokens) for _, tokens in ends))
+        reading = (r for r in active if r.sequence is not None and len(r.sequence) < len(r.generation.prompt))
+        longest = max((len(reply.generation.prompt) for reply in reading), default=0)
+        logits = self._step(step, sum(len(tokens) for _, tokens in ends), longest)
         for reply, tokens in parts:
             reply.pending = reply.pending[len(tokens) :]
         for reply, tokens in ends:
@@ -162,14 +168,14 @@ class Engine:
         """For loops of one's own: brings the cache to hold exactly `prompt`; logits [1, vocabulary] after its last
         token. `decode` goes on from there, as long as nothing else is generated in between."""
         sequence = self._sequence
-        shared = shared_prefix(sequence.tokens, prompt[:-1])
+        shared = self._shared(sequence, prompt)
         self.model.cache.truncate(sequence, shared)
         if statistics is not None:
             statistics.cached_tokens = shared
         logits = None
         for start in range(shared, len(prompt), self.model.chunk):
             part = prompt[start : start + self.model.chunk]
-            logits = self._step([(sequence, part)], int(start + len(part) == len(prompt)))
+            logits = self._step([(sequence, part)], int(start + len(part) == len(prompt)), len(prompt))
         assert logits is not None
         return logits
 
@@ -184,12 +190,13 @@ class Engine:
         self.model.cache.truncate(self._sequence, 0)
         for start in range(0, len(tokens), self.model.chunk):
             part = tokens[start : start + self.model.chunk]
-            result = self._step([(self._sequence, part)], len(part))
+            result = self._step([(self._sequence, part)], len(part), len(tokens))
             assert result is not None
             yield start, result
 
-    def _step(self, parts: list[tuple[Sequence, list[int]]], rows: int) -> np.ndarray | None:
-        """Appends tokens to sequences in one step; logits of the last `rows` of them. Each sequence may come twice."""
+    def _step(self, parts: list[tuple[Sequence, list[int]]], rows: int, length: int = 0) -> np.ndarray | None:
+        """Appends tokens to sequences in one step; logits of the last `rows` of them. Each sequence may come twice.
+        length: of the longest prompt that some of the tokens belong to."""
         cache = self.model.cache
         before = [(sequence, len(sequence)) for sequence, _ in parts]
         tokens, positions, sequences = list[int](), list[int](), list[int]()
@@ -200,7 +207,7 @@ class Engine:
                 tokens += part
                 positions += range(start, start + len(part))
                 sequences += [sequence.row] * len(part)
-            return self.model.step(tokens, positions, sequences, rows)
+            return self.model.step(tokens, positions, sequences, rows, length)
         except BaseException:
             for sequence, start in reversed(before):
                 cache.truncate(sequence, start)  # what was not stored must not be found later

@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 
 from numbainfer.checkpoint import Weights
+from numbainfer.config import ModelConfig
 from numbainfer.kv_cache import KVCache
+from numbainfer.kv_cache import Sequence as KVSequence
+from numbainfer.mixture import Mixture, MixtureWorkspace, mix, read_mixture
 from numbainfer.quantization import AnyMatrix, Matrix, QuantizedMatrix, QuantizedRows
 from numbainfer.registry import Operators
 from numbainfer.specs import layer_specs
@@ -25,7 +28,8 @@ _KEPT_PROGRAMS = 16
 
 @dataclass
 class Layer:
-    """The weights of one decoder layer; biases and head norms None where the spec has none."""
+    """The weights of one decoder layer; biases and head norms None where the spec has none, and the MLP's where a
+    mixture of experts stands in its place. window: how many positions a token sees, 0 for all."""
 
     attention_norm: Any  # [D]
     qkv: AnyMatrix  # [(H + 2 K) d, D]: q, k, v stacked
@@ -35,9 +39,12 @@ class Layer:
     output: AnyMatrix  # [D, H d]
     output_bias: Any  # [D]
     mlp_norm: Any  # [D]
-    gate_up: AnyMatrix  # [2 F, D]: gate, up stacked
+    rotated: bool
+    window: int
+    mixture: Mixture | None
+    gate_up: Any  # [2 F, D]: gate, up stacked
     gate_up_bias: Any  # [2 F]
-    down: AnyMatrix  # [D, F]
+    down: Any  # [D, F]
     down_bias: Any  # [D]
 
 
@@ -113,49 +120,57 @@ class Model:
         exact = isinstance(self.embedding, Matrix) and self.embedding.data.dtype == np.float32
         dtype = np.float32 if exact else np.float16
         self.cache = KVCache(ops.pool, config, ctx_size, dtype=dtype, sequences=sequences)
-        angles = np.arange(ctx_size, dtype=np.float32)[:, None] * config.inverse_frequencies()
-        self.cos, self.sin = (
-            weights.array(table) for table in (np.cos(angles), np.sin(angles))
-        )  # [positions, d / 2] float32
+        tables = rope_tables(config, np.arange(ctx_size))  # [positions, r / 2] float32
+        self.cos, self.sin = (weights.array(table) for table in tables)
         self._programs: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._allocate()
 
     def _allocate(self) -> None:
         """The workspace of a step of up to `chunk` tokens."""
         pool, config, T = self.ops.pool, self.config, self.chunk
-        layer = self.layers[0]
         self._tokens, self._positions, self._sequences = (pool.zeros(T, np.int32) for _ in range(3))
         self._x = pool.empty((T, config.hidden_size), np.float32)
-        self._qkv = pool.empty((T, layer.qkv.shape[0]), np.float32)
-        self._gate_up = pool.empty((T, layer.gate_up.shape[0]), np.float32)
+        self._qkv = pool.empty((T, self.layers[0].qkv.shape[0]), np.float32)
+        self._gate_up = pool.empty((T, 2 * config.intermediate_size), np.float32)
+        mixtures = any(layer.mixture for layer in self.layers)
+        self._mixture_space = MixtureWorkspace(pool, config, T) if mixtures else None
         self._inputs: dict[tuple, Any] = {}
         self._logits = pool.empty((len(self.cache.page_table), config.vocab_size), np.float32)  # a row per sequence
 
-    def _input(self, matrix: AnyMatrix, role: str, tokens: int) -> Any:
-        """The buffer that holds a matrix's input: float32, or int8 in the matrix's groups."""
+    def _input(self, matrix: AnyMatrix, role: str, tokens: int, most: int = 0) -> Any:
+        """The buffer that holds a matrix's input: float32, or int8 in the matrix's groups. most: the rows that it ever
+        holds, if not one for each token of a chunk."""
         key = (role, matrix.shape[1], getattr(matrix, "group", None))
         if key not in self._inputs:
-            self._inputs[key] = matrix.input_buffer(self.ops.pool, self.chunk)
+            self._inputs[key] = matrix.input_buffer(self.ops.pool, most or self.chunk)
         buffer = self._inputs[key]
         if isinstance(buffer, QuantizedRows):
             return buffer.first(tokens, self.ops.backend.activation_planes(tokens))
         return buffer[:tokens]
 
     def step(
-        self, tokens: Sequence[int], positions: Any, sequences: Any, logits: str | int = "last"
+        self,
+        tokens: Sequence[int],
+        positions: Any,
+        sequences: Any,
+        logits: str | int = "last",
+        length: int = 0,
     ) -> np.ndarray | None:
         """Runs T tokens (T <= chunk) through the model, storing their keys and values in the cache.
 
         positions, sequences: per token, its position and its sequence's row in the page table; a sequence's tokens
         follow each other, with others between them or not. logits: of how many tokens at the step's end to compute
-        them, "none" for 0, "last" for 1, "all" for T. The array returned is float32 [tokens, vocabulary] and lives
-        until the next step; None for 0.
+        them, "none" for 0, "last" for 1, "all" for T. length: of the longest prompt that tokens are part of, for RoPE
+        that depends on it ("dynamic"); 0 for tokens that come one after another. The array returned is float32
+        [tokens, vocabulary] and lives until the next step; None for 0.
         """
         T = len(tokens)
         rows = {"none": 0, "last": 1, "all": T}[logits] if isinstance(logits, str) else logits
         self._tokens[:T] = tokens
         self._positions[:T] = positions
         self._sequences[:T] = sequences
+        if self.config.rope_scaling.kind == "dynamic":
+            self._set_rope_rows(np.asarray(positions), length)
         if len(self._logits) < rows:
             self.ops.pool.release(self._logits)
             self._logits = self.ops.pool.empty((rows, self.config.vocab_size), np.float32)
@@ -166,12 +181,26 @@ class Model:
             self._program(T, rows).run()
         return self.ops.download(self._logits[:rows]) if rows else None
 
+    def _set_rope_rows(self, positions: np.ndarray, length: int) -> None:
+        """Rewrites the tables at these positions, for RoPE that depends on the length."""
+        for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):  # that follow each other
+            at = slice(int(run[0]), int(run[-1]) + 1)
+            self.cos[at], self.sin[at] = rope_tables(self.config, run, length)
+
+    def can_share(self, sequence: KVSequence, length: int) -> bool:
+        """Whether what the cache holds of a sequence can serve a text of that length that begins alike. Not where RoPE
+        depends on the length ("dynamic") and one of them is beyond the original context."""
+        scaling = self.config.rope_scaling
+        return scaling.kind != "dynamic" or max(len(sequence), length) <= scaling.original_max_positions
+
     def release(self) -> None:
         """Gives the cache and the workspace back to the pool; the model can't run any more."""
         self._programs.clear()
         self.cache.release()
         for buffer in self._inputs.values():
             buffer.release(self.ops.pool) if isinstance(buffer, QuantizedRows) else self.ops.pool.release(buffer)
+        if self._mixture_space is not None:
+            self._mixture_space.release(self.ops.pool)
         for array in (self._tokens, self._positions, self._sequences, self._x, self._qkv, self._gate_up, self._logits):
             self.ops.pool.release(array)
         self._weights.release()
@@ -201,17 +230,21 @@ class Model:
         ops.embedding(self._tokens[:T], self.embedding, x)
         for i, layer in enumerate(self.layers):
             k_pages, v_pages, page_table = cache.k_pages[i], cache.v_pages[i], cache.page_table
+            cos, sin = (self.cos, self.sin) if layer.rotated else (None, None)
             normed = self._input(layer.qkv, "attention_in", T)
             ops.rmsnorm(x, layer.attention_norm, eps, normed)
             ops.linear(normed, layer.qkv, layer.qkv_bias, None, qkv)
             ops.rope_and_store(
-                *(qkv, heads, layer.q_norm, layer.k_norm, eps, positions, sequences, self.cos, self.sin),
+                *(qkv, heads, layer.q_norm, layer.k_norm, eps, positions, sequences, cos, sin),
                 *(k_pages, v_pages, page_table),
             )
             mixed = self._input(layer.output, "attention_out", T)
-            ops.attention(qkv, heads, scale, 0, positions, sequences, k_pages, v_pages, page_table, mixed)
+            ops.attention(*(qkv, heads, scale, layer.window, positions, sequences, k_pages, v_pages, page_table, mixed))
             ops.linear(mixed, layer.output, layer.output_bias, x, x)
 
+            if layer.mixture is not None and self._mixture_space is not None:
+                mix(ops, config, layer.mixture, layer.mlp_norm, x, self._mixture_space, self._input)
+                continue
             normed = self._input(layer.gate_up, "mlp_in", T)
             ops.rmsnorm(x, layer.mlp_norm, eps, normed)
             ops.linear(normed, layer.gate_up, layer.gate_up_bias, None, gate_up)
@@ -227,6 +260,7 @@ class Model:
 
 
 def _layers(weights: Weights) -> Iterator[Layer]:
+    experts = weights.config.experts
     for i, spec in enumerate(layer_specs(weights.config)):
         attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
 
@@ -245,8 +279,26 @@ def _layers(weights: Weights) -> Iterator[Layer]:
             output=matrix(attention, "o_proj"),
             output_bias=bias(spec.output_bias, attention, "o_proj"),
             mlp_norm=weights.vector([f"model.layers.{i}.post_attention_layernorm.weight"]),
-            gate_up=matrix(mlp, "gate_proj", "up_proj"),
-            gate_up_bias=bias(spec.mlp_bias, mlp, "gate_proj", "up_proj"),
-            down=matrix(mlp, "down_proj"),
-            down_bias=bias(spec.mlp_bias, mlp, "down_proj"),
+            rotated=spec.rotated,
+            window=spec.window,
+            mixture=read_mixture(weights, experts, mlp) if spec.experts and experts else None,
+            gate_up=None if spec.experts else matrix(mlp, "gate_proj", "up_proj"),
+            gate_up_bias=bias(spec.mlp_bias and not spec.experts, mlp, "gate_proj", "up_proj"),
+            down=None if spec.experts else matrix(mlp, "down_proj"),
+            down_bias=bias(spec.mlp_bias and not spec.experts, mlp, "down_proj"),
         )
+
+
+def rope_tables(config: ModelConfig, positions: np.ndarray, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of RoPE's angles, float32 [positions, r / 2].
+
+    Where the scaling depends on the length, it is that of a sequence that ends at the position, as when tokens come one
+    after another, or `length` where that is more: as transformers does it, for the longest of a batch.
+    """
+    frequencies = config.inverse_frequencies()
+    if config.rope_scaling.kind == "dynamic":
+        lengths, where = np.unique(np.maximum(positions + 1, length), return_inverse=True)
+        frequencies = np.stack([config.inverse_frequencies(int(length)) for length in lengths])[where]
+    angles = positions.astype(np.float32)[:, None] * frequencies
+    factor = np.float32(config.rope_scaling.attention_factor)
+    return np.cos(angles) * factor, np.sin(angles) * factor

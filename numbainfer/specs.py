@@ -1,90 +1,79 @@
-"""The architectures: each a row of flags, which one straight-line layer function in model.py consumes."""
+"""What a config means layer by layer: each layer's flags, and every tensor of the model."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from numbainfer.config import ModelConfig
+from numbainfer.config import Experts, ModelConfig
 from numbainfer.errors import NumbaInferError
-
-# Where a bias stands: never, always, or where config.json's attention_bias / mlp_bias says so.
-NEVER, ALWAYS, CONFIG = "never", "always", "config"
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What distinguishes one architecture from the next.
-
-    qkv_bias, output_bias: biases of q/k/v and of the attention output; mlp_bias: of the MLP's three matrices.
-    qk_norm: RMSNorm over each query and key head, before RoPE.
-    """
-
-    name: str
-    qkv_bias: str = NEVER
-    output_bias: str = NEVER
-    mlp_bias: str = NEVER
-    qk_norm: bool = False
-
-
-# Keyed by the name in config.json's "architectures".
-SPECS = {
-    "LlamaForCausalLM": ModelSpec("llama", qkv_bias=CONFIG, output_bias=CONFIG, mlp_bias=CONFIG),
-    "Qwen2ForCausalLM": ModelSpec("qwen2", qkv_bias=ALWAYS),
-    "Qwen3ForCausalLM": ModelSpec("qwen3", qkv_bias=CONFIG, output_bias=CONFIG, qk_norm=True),
-}
+from numbainfer.families import ALWAYS, CONFIG, FAMILIES
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer, resolved against a config."""
+    """One decoder layer, resolved against a config. window: 0 where it sees all positions. experts: a mixture of
+    experts stands in for the MLP; shared_expert: one of them is for all tokens."""
 
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
     qk_norm: bool
-
-
-def spec_for(config: ModelConfig) -> ModelSpec:
-    """The row of a config's architecture."""
-    try:
-        return SPECS[config.architecture]
-    except KeyError:
-        known = ", ".join(SPECS)
-        raise NumbaInferError(f"architecture {config.architecture} is not supported (supported: {known})") from None
+    rotated: bool
+    window: int
+    experts: bool
+    shared_expert: bool
 
 
 def layer_specs(config: ModelConfig) -> list[LayerSpec]:
     """The layers of a model, first to last."""
-    spec = spec_for(config)
+    family = FAMILIES[config.architecture]
 
     def resolve(where: str, flag: bool) -> bool:
         return where == ALWAYS or (where == CONFIG and flag)
 
-    layer = LayerSpec(
-        qkv_bias=resolve(spec.qkv_bias, config.attention_bias),
-        output_bias=resolve(spec.output_bias, config.attention_bias),
-        mlp_bias=resolve(spec.mlp_bias, config.mlp_bias),
-        qk_norm=spec.qk_norm,
-    )
-    return [layer] * config.layers
+    def has_experts(layer: int) -> bool:
+        return config.experts is not None and layer in config.experts.layers
+
+    return [
+        LayerSpec(
+            qkv_bias=resolve(family.qkv_bias, config.attention_bias),
+            output_bias=resolve(family.output_bias, config.attention_bias),
+            mlp_bias=resolve(family.mlp_bias, config.mlp_bias),
+            qk_norm=family.qk_norm,
+            rotated=config.rotated[i],
+            window=config.windows[i],
+            experts=has_experts(i),
+            shared_expert=has_experts(i) and family.shared_expert,
+        )
+        for i in range(config.layers)
+    ]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor under its Hugging Face name. Matrices are quantized, vectors (norms, biases) stay float32."""
+    """A tensor under its Hugging Face name. Matrices are quantized, vectors (norms, biases) stay float32, and so do
+    `exact` matrices: routers, where rounding would send tokens to other experts."""
 
     name: str
     shape: tuple[int, ...]
+    exact: bool = False
 
     @property
     def is_matrix(self) -> bool:
         return len(self.shape) == 2
 
+    @property
+    def size(self) -> int:
+        """The number of its values."""
+        return math.prod(self.shape)
+
 
 def parameter_groups(config: ModelConfig) -> list[list[Parameter]]:
     """Every tensor of the model, in the order of the file. A group's matrices are used stacked, as one matrix.
 
-    [q, k, v] and [gate, up] are one product each: written next to each other, they are one mapped matrix.
+    [q, k, v] and [gate, up] are one product each: written next to each other, they are one mapped matrix. So are the
+    matrices of all experts of a layer: [gate 0, up 0, gate 1, up 1, ...] and [down 0, down 1, ...].
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -95,18 +84,35 @@ def parameter_groups(config: ModelConfig) -> list[list[Parameter]]:
         if bias:
             groups.append([Parameter(f"{prefix}.{name}.bias", shape[:1]) for name, shape in shapes.items()])
 
+    def mlp(prefix: str, inner: int, bias: bool) -> None:
+        matrices(prefix, {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}, bias)
+        matrices(prefix, {"down_proj": (hidden, inner)}, bias)
+
+    def mixture(prefix: str, experts: Experts) -> None:
+        groups.append([Parameter(f"{prefix}.gate.weight", (experts.count, hidden), exact=True)])
+        one = range(experts.count)
+        up = {f"experts.{e}.{name}": (experts.size, hidden) for e in one for name in ("gate_proj", "up_proj")}
+        matrices(prefix, up, False)
+        matrices(prefix, {f"experts.{e}.down_proj": (hidden, experts.size) for e in one}, False)
+        if experts.shared_size:
+            mlp(f"{prefix}.shared_expert", experts.shared_size, False)
+            groups.append([Parameter(f"{prefix}.shared_expert_gate.weight", (1, hidden), exact=True)])
+
     for i, layer in enumerate(layer_specs(config)):
         at = f"model.layers.{i}"
         groups.append([Parameter(f"{at}.input_layernorm.weight", (hidden,))])
-        qkv = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
-        matrices(f"{at}.self_attn", qkv, layer.qkv_bias)
+        matrices(
+            f"{at}.self_attn", {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}, layer.qkv_bias
+        )
         if layer.qk_norm:
             groups.append([Parameter(f"{at}.self_attn.q_norm.weight", (config.head_dim,))])
             groups.append([Parameter(f"{at}.self_attn.k_norm.weight", (config.head_dim,))])
         matrices(f"{at}.self_attn", {"o_proj": (hidden, q)}, layer.output_bias)
         groups.append([Parameter(f"{at}.post_attention_layernorm.weight", (hidden,))])
-        matrices(f"{at}.mlp", {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}, layer.mlp_bias)
-        matrices(f"{at}.mlp", {"down_proj": (hidden, inner)}, layer.mlp_bias)
+        if layer.experts and config.experts is not None:
+            mixture(f"{at}.mlp", config.experts)
+        else:
+            mlp(f"{at}.mlp", inner, layer.mlp_bias)
     groups.append([Parameter("model.norm.weight", (hidden,))])
     if not config.tied_embeddings:
         groups.append([Parameter("lm_head.weight", (config.vocab_size, hidden))])
@@ -115,16 +121,21 @@ def parameter_groups(config: ModelConfig) -> list[list[Parameter]]:
 
 def parameter_count(config: ModelConfig) -> int:
     """The number of trained values."""
-    sizes = (p.shape[0] * (p.shape[1] if p.is_matrix else 1) for group in parameter_groups(config) for p in group)
-    return sum(sizes)
+    return sum(p.size for group in parameter_groups(config) for p in group)
+
+
+def active_parameter_count(config: ModelConfig) -> int:
+    """The number of trained values that one token meets: of experts only the chosen."""
+    if config.experts is None:
+        return parameter_count(config)
+    idle = config.experts.count - config.experts.per_token
+    per_expert = 3 * config.experts.size * config.hidden_size
+    return parameter_count(config) - idle * per_expert * len(config.experts.layers)
 
 
 def check_tensors(config: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str) -> None:
     """Holds a file's tensors against the spec, both ways: a missing, an extra or a misshapen one is named."""
-    try:
-        expected = {p.name: p.shape for group in parameter_groups(config) for p in group}
-    except NumbaInferError as error:  # an unknown architecture
-        raise NumbaInferError(f"{where}: {error}") from error
+    expected = {p.name: p.shape for group in parameter_groups(config) for p in group}
     for name, shape in expected.items():
         if name not in shapes:
             raise NumbaInferError(f"{where}: tensor {name} {list(shape)} is missing")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tiny_models
 from numpy.typing import ArrayLike, NDArray
 
 Float = NDArray[np.float64]
@@ -108,6 +109,64 @@ def llama3_inv_freq(
             keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
             out.append((1 - keep) * f / factor + keep * f)
     return _f64(out)
+
+
+def yarn_inv_freq(
+    head_dim: int,
+    theta: float,
+    factor: float,
+    original_context: int,
+    beta_fast: float,
+    beta_slow: float,
+    truncate: bool,
+) -> Float:
+    """YaRN: frequencies that turn often over the original context are kept, those that turn seldom are divided by
+    `factor`, between them a ramp that is linear in the pair's number. -> [d / 2].
+
+    Peng et al. 2023, "YaRN", section 3.2; the ramp's ends are where a pair turns beta_fast and beta_slow times, as in
+    its authors' code rounded outwards where `truncate` says so.
+    """
+    base = rope_inv_freq(head_dim, theta)
+
+    def pair(turns: float) -> float:  # solves original_context * theta^(-2 i / d) = 2 pi turns for i
+        return head_dim / 2 * np.log(original_context / (2 * np.pi * turns)) / np.log(theta)
+
+    start, end = pair(beta_fast), pair(beta_slow)
+    if truncate:
+        start, end = np.floor(start), np.ceil(end)
+    start, end = max(start, 0), min(end, head_dim - 1)
+    divided = np.clip((np.arange(head_dim // 2) - start) / (end - start), 0, 1)
+    return base * (1 - divided) + base / factor * divided
+
+
+def dynamic_inv_freq(head_dim: int, theta: float, factor: float, original_context: int, length: int) -> Float:
+    """ "Dynamic NTK": theta grows so that the longest wavelength is stretched by factor L / L0 - (factor - 1) for a
+    length L above the original L0, and the shortest is kept. -> [d / 2]. bloc97 and emozilla 2023, no paper."""
+    stretch = factor * max(length, original_context) / original_context - (factor - 1)
+    return rope_inv_freq(head_dim, theta * stretch ** (head_dim / (head_dim - 2)))
+
+
+def rope_of(config: Mapping[str, Any], length: int) -> tuple[Float, float]:
+    """What tiny_models' config says of RoPE for a text of that length: frequencies, and the factor of cos and sin."""
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    head_dim = int(head_dim * config.get("partial_rotary_factor", 1))
+    theta, scaling = config["rope_theta"], config.get("rope_scaling") or {"rope_type": "default"}
+    base, kind = rope_inv_freq(head_dim, theta), scaling["rope_type"]
+    if kind == "linear":
+        return base / scaling["factor"], 1.0
+    if kind == "dynamic":
+        return dynamic_inv_freq(head_dim, theta, scaling["factor"], config["max_position_embeddings"], length), 1.0
+    if kind == "llama3":
+        values = {key: value for key, value in scaling.items() if key != "rope_type"}
+        return llama3_inv_freq(base, original_context=values.pop("original_max_position_embeddings"), **values), 1.0
+    if kind == "yarn":
+        ends = scaling.get("beta_fast", 32.0), scaling.get("beta_slow", 1.0), scaling.get("truncate", True)
+        factor = scaling["factor"]
+        frequencies = yarn_inv_freq(head_dim, theta, factor, scaling["original_max_position_embeddings"], *ends)
+        # eq. 22; DeepSeek's two weights of the logarithm make it a quotient
+        terms = [0.1 * scaling.get(key, n) * np.log(factor) + 1 for key, n in (("mscale", 1), ("mscale_all_dim", 0))]
+        return frequencies, scaling.get("attention_factor", terms[0] / terms[1])
+    return base, 1.0
 
 
 def rope(x: ArrayLike, positions: ArrayLike, inv_freq: ArrayLike) -> Float:
@@ -221,10 +280,19 @@ def sigmoid(x: ArrayLike) -> Float:
     return 1.0 / (1.0 + np.exp(-_f64(x)))
 
 
-def decoder(config: Mapping[str, Any], weights: Mapping[str, ArrayLike], ids: ArrayLike) -> Float:
-    """Logits of a whole LLaMA, Qwen2 or Qwen3 model over one sequence, from tiny_models' config and tensors.
+def stacked_experts(weights: Mapping[str, ArrayLike], prefix: str, count: int) -> tuple[Float, Float]:
+    """gate_up [E, 2 F, D] and down [E, D, F] of all experts."""
 
-    ids [T] -> [T, vocab]. Biases and qk-norms apply where their tensors exist.
+    def stack(name: str) -> Float:
+        return np.stack([_f64(weights[f"{prefix}.{e}.{name}.weight"]) for e in range(count)])
+
+    return np.concatenate([stack("gate_proj"), stack("up_proj")], axis=1), stack("down_proj")
+
+
+def decoder(config: Mapping[str, Any], weights: Mapping[str, ArrayLike], ids: ArrayLike) -> Float:
+    """Logits of a whole model over one sequence, from tiny_models' config and tensors.
+
+    ids [T] -> [T, vocab]. Biases, qk-norms, experts and shared experts apply where their tensors exist.
     """
     ids = np.asarray(ids)
     positions, one_sequence = np.arange(len(ids)), np.zeros(len(ids), np.int64)
@@ -234,18 +302,18 @@ def decoder(config: Mapping[str, Any], weights: Mapping[str, ArrayLike], ids: Ar
         config["rms_norm_eps"],
     )
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    inv_freq = rope_inv_freq(head_dim, config["rope_theta"])
-    if scaling := config.get("rope_scaling"):
-        inv_freq = llama3_inv_freq(
-            inv_freq,
-            scaling["factor"],
-            scaling["low_freq_factor"],
-            scaling["high_freq_factor"],
-            scaling["original_max_position_embeddings"],
-        )
+    inv_freq, factor = rope_of(config, len(ids))
+    rotary = 2 * len(inv_freq)
+    windows, rotated = tiny_models.windows(config), tiny_models.rotated(config)
+
+    def rotate(x: Float) -> Float:
+        return np.concatenate([factor * rope(x[..., :rotary], positions, inv_freq), x[..., rotary:]], axis=-1)
 
     def apply(prefix: str, x: Float, residual: Float | None = None) -> Float:
         return linear(x, weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias"), residual)
+
+    def mlp(prefix: str, x: Float) -> Float:
+        return apply(f"{prefix}.down_proj", swiglu(apply(f"{prefix}.gate_proj", x), apply(f"{prefix}.up_proj", x)))
 
     x = embedding(ids, weights["model.embed_tokens.weight"])
     for layer in range(config["num_hidden_layers"]):
@@ -257,11 +325,18 @@ def decoder(config: Mapping[str, Any], weights: Mapping[str, ArrayLike], ids: Ar
         if f"{at}.self_attn.q_norm.weight" in weights:
             q = rmsnorm(q, weights[f"{at}.self_attn.q_norm.weight"], eps)
             k = rmsnorm(k, weights[f"{at}.self_attn.k_norm.weight"], eps)
-        q, k = rope(q, positions, inv_freq), rope(k, positions, inv_freq)
-        mixed = attention(q, [k], [v], one_sequence, positions).reshape(len(ids), heads * head_dim)
-        x = apply(f"{at}.self_attn.o_proj", mixed, x)
+        if rotated[layer]:
+            q, k = rotate(q), rotate(k)
+        mixed = attention(q, [k], [v], one_sequence, positions, window=windows[layer])
+        x = apply(f"{at}.self_attn.o_proj", mixed.reshape(len(ids), heads * head_dim), x)
         normed = rmsnorm(x, weights[f"{at}.post_attention_layernorm.weight"], eps)
-        hidden = swiglu(apply(f"{at}.mlp.gate_proj", normed), apply(f"{at}.mlp.up_proj", normed))
-        x = apply(f"{at}.mlp.down_proj", hidden, x)
+        if f"{at}.mlp.gate.weight" not in weights:
+            x = x + mlp(f"{at}.mlp", normed)
+            continue
+        logits = apply(f"{at}.mlp.gate", normed)
+        chosen, shares = route(logits, config["num_experts_per_tok"], config["norm_topk_prob"])
+        x = x + mixture(normed, chosen, shares, *stacked_experts(weights, f"{at}.mlp.experts", config["num_experts"]))
+        if f"{at}.mlp.shared_expert_gate.weight" in weights:
+            x = x + sigmoid(apply(f"{at}.mlp.shared_expert_gate", normed)) * mlp(f"{at}.mlp.shared_expert", normed)
     head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
     return linear(rmsnorm(x, weights["model.norm.weight"], eps), weights[head])

@@ -13,7 +13,8 @@ import tiny_models
 
 from numbainfer.config import ModelConfig, RopeScaling
 from numbainfer.errors import NumbaInferError
-from numbainfer.specs import layer_specs, parameter_count, parameter_groups, spec_for
+from numbainfer.rope_scaling import yarn_attention_factor
+from numbainfer.specs import active_parameter_count, layer_specs, parameter_count, parameter_groups
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -34,7 +35,7 @@ def test_every_family(name: str) -> None:
     assert config.head_dim == tiny_models.head_dim(raw)
     assert (config.norm_eps, config.rope_theta) == (raw["rms_norm_eps"], raw["rope_theta"])
     assert (config.vocab_size, config.intermediate_size) == (raw["vocab_size"], raw["intermediate_size"])
-    assert (config.tied_embeddings, config.max_positions) == (raw["tie_word_embeddings"], 256)
+    assert config.tied_embeddings == raw["tie_word_embeddings"]
     # every tensor of the family, and no other
     shapes = {p.name: p.shape for group in parameter_groups(config) for p in group}
     assert shapes == tiny_models.shapes(name)
@@ -50,15 +51,12 @@ def test_transformers_4_and_5_say_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_inverse_frequencies(name: str) -> None:
-    raw = tiny_models.CONFIGS[name]
-    expected = reference.rope_inv_freq(tiny_models.head_dim(raw), raw["rope_theta"])
-    if scaling := raw["rope_scaling"]:
-        values = {key: value for key, value in scaling.items() if key != "rope_type"}
-        values["original_context"] = values.pop("original_max_position_embeddings")
-        expected = reference.llama3_inv_freq(expected, **values)
-    frequencies = read(name=name).inverse_frequencies()
-    assert frequencies.dtype == np.float32
-    np.testing.assert_allclose(frequencies, expected, rtol=1e-6)
+    config = read(name=name)
+    for length in (0, 30, 64):
+        frequencies = config.inverse_frequencies(length)
+        assert frequencies.dtype == np.float32
+        expected, _ = reference.rope_of(tiny_models.CONFIGS[name], length)
+        np.testing.assert_allclose(frequencies, expected, rtol=2e-6)
 
 
 def test_llama_3_2_frequencies() -> None:
@@ -84,6 +82,85 @@ def test_other_rope_scalings() -> None:
     assert read({"rope_scaling": {"rope_type": "default"}}).rope_scaling == RopeScaling()
 
 
+def test_how_far_scalings_reach() -> None:
+    def reach(positions: int, **scaling: Any) -> int:
+        return read({"max_position_embeddings": positions, "rope_scaling": scaling}).max_positions
+
+    assert reach(4096, rope_type="linear", factor=4.0) == 4096
+    assert reach(4096, rope_type="dynamic", factor=2.0) == 8192
+    assert reach(32768, rope_type="yarn", factor=4.0, original_max_position_embeddings=32768) == 131072
+    assert reach(131072, rope_type="yarn", factor=4.0, original_max_position_embeddings=32768) == 131072
+    assert reach(131072, **LLAMA3, original_max_position_embeddings=8192) == 131072
+
+
+def test_yarn_attention_factors() -> None:
+    def factor(**more: Any) -> float:
+        base = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+        return read({"rope_scaling": base | more}).rope_scaling.attention_factor
+
+    assert factor() == pytest.approx(0.1 * math.log(4) + 1) == factor(mscale=None) == factor(mscale=0.7)
+    assert factor(mscale=2.0, mscale_all_dim=0.5) == pytest.approx((0.2 * math.log(4) + 1) / (0.05 * math.log(4) + 1))
+    assert factor(attention_factor=1.25, mscale=2.0, mscale_all_dim=0.5) == 1.25
+    assert factor(factor=1.0) == 1.0
+    assert yarn_attention_factor(0.5) == 1.0
+    # factor null: what the context grows by; a top-level original context wins, and no original is max_position's
+    derived = read({"rope_scaling": {"rope_type": "yarn", "factor": None}, "original_max_position_embeddings": 32})
+    assert (derived.rope_scaling.factor, derived.rope_scaling.original_max_positions) == (8.0, 32)
+    assert read({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}).rope_scaling.original_max_positions == 256
+
+
+def test_windows() -> None:
+    def windows(name: str, **change: Any) -> tuple[int, ...]:
+        return read(change, name).windows
+
+    assert windows("llama_gqa_tied", sliding_window=8) == (0, 0)  # which transformers ignores there, too
+    assert windows("mistral_window") == (9, 9)
+    assert windows("mistral_window", sliding_window=None) == windows("mistral_window", sliding_window="DROP") == (0, 0)
+    assert windows("qwen2_window") == (0, 11, 11)
+    assert windows("qwen2_window", use_sliding_window=False) == (0, 0, 0)
+    assert windows("qwen2_window", max_window_layers=0) == (11, 11, 11)
+    assert windows("qwen2_window", max_window_layers="DROP") == (0, 0, 0)  # 28, says transformers
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert windows("qwen2_window", layer_types=kinds) == (11, 0, 11)
+    assert windows("qwen3_window") == (7, 0)
+    assert windows("smollm3_window") == (0, 12, 0)
+    assert windows("qwen2_moe", max_window_layers=3) == (10, 0, 10)
+    assert windows("qwen2_moe", use_sliding_window=False, sliding_window=0) == (0, 0, 0)  # as transformers 5 writes it
+    assert windows("qwen3_moe") == (13, 13, 13, 13)
+
+
+def test_layers_without_rope() -> None:
+    def rotated(**change: Any) -> tuple[bool, ...]:
+        return read(change, "smollm3_tied").rotated
+
+    assert rotated() == (True, False, True, False)
+    assert rotated(no_rope_layer_interval="DROP") == (True, True, True, False)
+    assert rotated(no_rope_layers=[0, 1, 1, 1, 0, 0]) == (False, True, True, True)
+    assert read(name="llama_gqa_tied").rotated == (True, True)
+
+
+def test_experts() -> None:
+    experts = read(name="qwen2_moe").experts
+    assert experts is not None
+    assert (experts.count, experts.per_token, experts.size, experts.shared_size) == (6, 2, 40, 56)
+    assert (experts.layers, experts.renormalise) == ({0, 2}, False)
+    config = read(name="qwen3_moe")
+    assert config.experts is not None
+    assert (config.experts.layers, config.experts.renormalise, config.experts.shared_size) == ({1, 3}, True, 0)
+    # two layers, of whose 8 experts 3 are active: three matrices of 40 x 48 each
+    assert active_parameter_count(config) == parameter_count(config) - 2 * 5 * 3 * 40 * 48
+    assert active_parameter_count(read()) == parameter_count(read())
+    assert read(name="llama_gqa_tied").experts is None
+
+
+def test_defaults_of_families() -> None:
+    assert read({"tie_word_embeddings": "DROP", "rope_theta": "DROP"}, "smollm3_tied").rope_theta == 2e6
+    assert read({"tie_word_embeddings": "DROP"}, "smollm3_window").tied_embeddings
+    assert read({"head_dim": "DROP"}, "qwen3_tied").head_dim == 128
+    assert layer_specs(read(name="qwen2_moe"))[0].qkv_bias
+    assert not layer_specs(read({"qkv_bias": False}, "qwen2_moe"))[0].qkv_bias
+
+
 def test_defaults_are_those_of_transformers() -> None:
     dropped = ["num_key_value_heads", "rope_theta", "rope_scaling", "tie_word_embeddings", "attention_bias", "mlp_bias"]
     config = read(dict.fromkeys(dropped, "DROP"))
@@ -105,8 +182,14 @@ def test_specs() -> None:
     assert flags("qwen2_gqa_tied") == (True, False, False, False)
     assert flags("qwen3_tied") == (False, False, False, True)
     assert flags("qwen3_tied", attention_bias=True) == (True, True, False, True)
+    assert [(layer.rotated, layer.window) for layer in layer_specs(read(name="smollm3_window"))] == [
+        *((True, 0), (False, 12), (True, 0))
+    ]
+    assert [(layer.experts, layer.shared_expert) for layer in layer_specs(read(name="qwen2_moe"))] == [
+        *((True, True), (False, False), (True, True))
+    ]
     with pytest.raises(NumbaInferError, match=r"MambaForCausalLM is not supported \(supported: LlamaForCausalLM, "):
-        spec_for(read({"architectures": ["MambaForCausalLM"]}))
+        read({"architectures": ["MambaForCausalLM"]})
 
 
 @pytest.mark.parametrize(
@@ -116,6 +199,7 @@ def test_specs() -> None:
         {"hidden_act": "swish"},
         {"layer_types": ["full_attention"] * 2},
         {"partial_rotary_factor": 1.0},
+        {"original_max_position_embeddings": 8192},  # which only scalings read
         {"some_new_feature": False, "another": None, "a_third": [], "a_fourth": 0},  # switched off
         {"_name_or_path": "x/y", "torch_dtype": "bfloat16", "pretraining_tp": 1, "transformers_version": "9"},
         {"rope_scaling": {"rope_type": "linear", "factor": 1, "partial_rotary_factor": 1.0}},
@@ -136,7 +220,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *lies("attention_sink", 1, "x", True, [1]),
     *lies("use_sliding_window", True),
     *lies("hidden_act", "gelu", None, 3),
-    *lies("partial_rotary_factor", 0.5),
+    *lies("partial_rotary_factor", 0, 1.5, "x", 0.05, 0.25),  # of heads of 20: 1 and 5 values are no pairs
+    *lies("num_experts", 8),
+    *lies("no_rope_layers", [1, 0]),
     *lies("rope_interleaved", True),
     *lies("layer_types", ["full_attention", "sliding_attention"], ["full_attention", 3], 7, True, "sliding"),
     *lies("architectures", "DROP", None, [], ["A", "B"], "LlamaForCausalLM", [5], [None], {}),
@@ -158,7 +244,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 BAD_ROPE: list[tuple[Any, str]] = [
     (7, "must be an object"),
     ([], "must be an object"),
-    ({"rope_type": "yarn", "factor": 4.0}, "'yarn' is not supported"),
+    ({"rope_type": "longrope", "factor": 4.0}, "'longrope' is not supported"),
     ({"rope_type": None}, "None is not supported"),
     ({"rope_type": ["linear"]}, "is not supported"),
     ({"rope_type": "default", "factor": 2.0}, "factor = 2.0 is not supported"),
@@ -167,12 +253,24 @@ BAD_ROPE: list[tuple[Any, str]] = [
     ({"rope_type": "linear", "factor": math.nan}, "factor must be"),
     ({"rope_type": "linear", "factor": 2.0, "beta": 1}, "beta = 1 is not supported"),
     ({"rope_type": "linear", "factor": 2.0, "rope_theta": -5}, "rope_theta must be"),
-    ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.05}, "partial_rotary_factor 0.05"),
+    ({"rope_type": "dynamic"}, "factor must be"),
+    ({"rope_type": "dynamic", "factor": 0.5}, "factor must be 1 or more"),
+    (
+        {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64},
+        "goes by max_position_embeddings",
+    ),
+    ({"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.1}, "more than one pair"),
+    ({"rope_type": "yarn", "factor": 0}, "factor must be"),
+    ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "rope_theta above 1"),
+    ({"rope_type": "yarn", "factor": 2.0, "beta_fast": "32"}, "beta_fast must be"),
+    ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "truncate must be"),
+    ({"rope_type": "yarn", "factor": 2.0, "mscale": -1}, "mscale must be"),
+    ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0.5}, "original context"),
     ({"rope_type": "factors", "factors": [1.0] * 9}, "needs 10 factors"),
     ({"rope_type": "factors", "factors": 3}, "needs 10 factors"),
     ({"rope_type": "factors", "factors": [1.0] * 9 + [0]}, "must be positive numbers"),
     ({"rope_type": "factors", "factors": [1.0] * 9 + ["1"]}, "must be positive numbers"),
-    (LLAMA3, "original_max_position_embeddings must be"),
     (LLAMA3 | {"original_max_position_embeddings": 32, "high_freq_factor": 1.0}, "must be above low_freq_factor"),
     (LLAMA3 | {"original_max_position_embeddings": -32}, "original_max_position_embeddings must be"),
 ]
@@ -189,6 +287,42 @@ def test_what_cannot_be_is_refused(change: dict[str, Any], problem: str) -> None
     assert problem in message
     assert "\n" not in message
     assert len(message) < 300
+
+
+BAD_FAMILIES: list[tuple[str, dict[str, Any], str]] = [
+    ("mistral_window", {"sliding_window": 0}, "sliding_window"),
+    ("mistral_window", {"sliding_window": "9"}, "sliding_window"),
+    ("mistral_window", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ("mistral_window", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+    ("qwen2_window", {"sliding_window": None, "layer_types": ["sliding_attention"] * 3}, "no sliding window"),
+    ("qwen2_window", {"use_sliding_window": 1}, "use_sliding_window"),
+    ("qwen2_window", {"max_window_layers": -1}, "max_window_layers"),
+    ("qwen2_window", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 3 layers"),
+    ("qwen2_window", {"layer_types": ["chunked_attention"] * 3}, "layer_types must be a list of"),
+    ("smollm3_tied", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers has 3 entries for 4 layers"),
+    ("smollm3_tied", {"no_rope_layers": [1, 0, 1, 2]}, "no_rope_layers"),
+    ("smollm3_tied", {"no_rope_layers": [True] * 4}, "no_rope_layers"),
+    ("smollm3_tied", {"no_rope_layers": 3}, "no_rope_layers"),
+    ("smollm3_tied", {"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+    ("smollm3_tied", {"num_experts": 8}, "num_experts"),
+    ("qwen3_moe", {"num_experts": "DROP"}, "num_experts"),
+    ("qwen3_moe", {"num_experts": 0}, "num_experts"),
+    ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds the 8 experts"),
+    ("qwen3_moe", {"moe_intermediate_size": -4}, "moe_intermediate_size"),
+    ("qwen3_moe", {"norm_topk_prob": "yes"}, "norm_topk_prob"),
+    ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+    ("qwen3_moe", {"mlp_only_layers": [-1]}, "mlp_only_layers"),
+    ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
+    ("qwen3_moe", {"n_group": 4}, "n_group"),
+    ("qwen2_moe", {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size"),
+    ("qwen2_moe", {"qkv_bias": "x"}, "qkv_bias"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "problem"), BAD_FAMILIES, ids=str)
+def test_what_a_family_cannot_be_is_refused(name: str, change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(NumbaInferError, match=problem):
+        read(change, name)
 
 
 @pytest.mark.parametrize(("rope", "problem"), BAD_ROPE, ids=str)

@@ -126,8 +126,8 @@ FLOORS = [
     ["_version", "errors", "progress", "device", "memory", "quantization", "kernel_files"],
     ["cpu", "gpu"],
     ["registry"],
-    ["config", "specs", "safetensors_file", "checkpoint", "kv_cache"],
-    ["model"],
+    ["config", "config_reader", "families", "rope_scaling", "specs", "safetensors_file", "checkpoint", "kv_cache"],
+    ["model", "mixture"],
     [
         "sampling_params",
         "sampling",

@@ -5,7 +5,8 @@ are not stored but drawn again from a seed that depends on nothing but the model
 NumPy only, so the tests that use them need no torch.
 
 Each model covers a corner: odd vocabularies and widths, MHA, GQA and MQA, tied and untied heads, biases,
-qk-norm, a head_dim that is not hidden / heads, RoPE scaling run past its original context.
+qk-norm, a head_dim that is not hidden / heads, every RoPE scaling run past its original context, layers without RoPE,
+sliding windows shorter than the prompt, mixtures of experts, with ties among the experts too.
 """
 
 from __future__ import annotations
@@ -32,12 +33,17 @@ QWEN3 = {
     "attention_bias": False,
     "use_sliding_window": False,
 }
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+SMOLLM3 = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "attention_bias": False}
+QWEN2_MOE = {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}
+QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": False}
 COMMON = {
     "hidden_act": "silu",
     "initializer_range": 0.02,
     "use_cache": True,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": None,
     "max_position_embeddings": 256,
     "rope_scaling": None,
 }
@@ -79,6 +85,14 @@ def _llama3_scaling(factor: float, high_freq_factor: float, original_context: in
     }
 
 
+def _window(size: int) -> dict[str, Any]:
+    return {"use_sliding_window": True, "sliding_window": size}
+
+
+def _experts(count: int, per_token: int, size: int) -> dict[str, Any]:
+    return {"num_experts": count, "num_experts_per_tok": per_token, "moe_intermediate_size": size}
+
+
 LLAMA_BIASED = {**LLAMA, "attention_bias": True, "mlp_bias": True}
 # 64 positions are two and four times the original context. head_dim 20 and theta 5e5 give wavelengths of 6.3
 # (below 32 / 4: left alone), 23.3 (interpolated), 86.6 and more (above 32 / 1: divided by 8). head_dim 24 and
@@ -105,6 +119,124 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # the heads are wider together than the hidden state (4 x 20 against 48), and narrower (6 x 8 against 72)
     "qwen3_tied": _config(QWEN3, (2, 48, 4, 2, 172, 151), tied=True, eps=1e-6, theta=1e6, head_dim=20),
     "qwen3_untied": _config(QWEN3, (3, 72, 6, 2, 100, 97), tied=False, eps=1e-2, theta=1e5, head_dim=8),
+    # Sliding windows: in every layer, from a layer on, where layer_types says so. Prompts have 64 tokens.
+    "mistral_window": _config(
+        MISTRAL, (2, 48, 4, 2, 100, 97), tied=False, eps=1e-5, theta=1e4, head_dim=16, sliding_window=9
+    ),
+    "qwen2_window": _config(
+        QWEN2, (3, 48, 4, 2, 100, 97), tied=False, eps=1e-6, theta=1e4, **_window(11), max_window_layers=1
+    ),
+    "qwen3_window": _config(
+        QWEN3,
+        (2, 48, 4, 2, 100, 97),
+        tied=True,
+        eps=1e-6,
+        theta=1e4,
+        head_dim=16,
+        **_window(7),
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    # Layers without RoPE: every second one, or as listed, these with a window and everything with biases.
+    "smollm3_tied": _config(SMOLLM3, (4, 48, 4, 2, 100, 97), tied=True, eps=1e-6, theta=2e6, no_rope_layer_interval=2),
+    "smollm3_window": _config(
+        SMOLLM3 | {"attention_bias": True, "mlp_bias": True},
+        (3, 48, 3, 1, 100, 97),
+        tied=False,
+        eps=1e-6,
+        theta=1e4,
+        **_window(12),
+        no_rope_layers=[1, 0, 1],
+    ),
+    # Mixtures: with a shared expert, an MLP in layer 1 and a window in layer 0; in every second layer, with a window;
+    # with pairs of experts that are always equally probable, of which the lower is to be chosen first.
+    "qwen2_moe": _config(
+        QWEN2_MOE,
+        (3, 48, 4, 2, 100, 97),
+        tied=False,
+        eps=1e-6,
+        theta=1e4,
+        **_window(10),
+        max_window_layers=1,
+        **_experts(6, 2, 40),
+        norm_topk_prob=False,
+        shared_expert_intermediate_size=56,
+        mlp_only_layers=[1],
+    ),
+    "qwen3_moe": _config(
+        QWEN3_MOE,
+        (4, 48, 4, 2, 100, 97),
+        tied=False,
+        eps=1e-6,
+        theta=1e4,
+        head_dim=16,
+        **_window(13),
+        **_experts(8, 3, 40),
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+    ),
+    "qwen3_moe_ties": _config(
+        QWEN3_MOE,
+        (2, 48, 4, 2, 100, 97),
+        tied=False,
+        eps=1e-6,
+        theta=1e4,
+        head_dim=16,
+        **_experts(8, 3, 40),
+        norm_topk_prob=False,
+    ),
+    # The other RoPE scalings. Heads of 24 have wavelengths of 6.3 to 2,915 at theta 1e4 (6.3 to 11.6 of 12 values).
+    "llama_linear": _config(
+        LLAMA,
+        (2, 48, 2, 2, 100, 97),
+        tied=False,
+        eps=1e-5,
+        theta=1e4,
+        rope_scaling={"rope_type": "linear", "factor": 4.0},
+    ),
+    "llama_dynamic": _config(
+        LLAMA,
+        (2, 48, 2, 2, 100, 97),
+        tied=False,
+        eps=1e-5,
+        theta=1e4,
+        max_position_embeddings=24,
+        rope_scaling={"rope_type": "dynamic", "factor": 4.0},
+    ),
+    "qwen2_yarn": _config(
+        QWEN2,
+        (2, 48, 2, 2, 100, 97),
+        tied=False,
+        eps=1e-6,
+        theta=1e4,
+        max_position_embeddings=64,
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ),
+    "llama_yarn_options": _config(
+        LLAMA,
+        (2, 48, 2, 2, 100, 97),
+        tied=False,
+        eps=1e-5,
+        theta=1e4,
+        rope_scaling={
+            **{"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "attention_factor": 1.4},
+            **{"beta_fast": 4.0, "beta_slow": 1.5, "truncate": False},
+        },
+    ),
+    "qwen3_yarn_mscale": _config(
+        QWEN3,
+        (2, 48, 2, 1, 100, 97),
+        tied=False,
+        eps=1e-6,
+        theta=1e4,
+        head_dim=24,
+        rope_scaling={
+            **{"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16},
+            **{"mscale": 1.5, "mscale_all_dim": 0.5},
+        },
+    ),
+    "llama_partial_rotary": _config(
+        LLAMA, (2, 48, 2, 2, 100, 97), tied=False, eps=1e-5, theta=1e4, partial_rotary_factor=0.5
+    ),
 }
 
 # Without goldens: their widths take int8 groups. One model all in groups of 64, one whose MLP needs 32, and one
@@ -129,6 +261,10 @@ def hf_config(name: str, *, dtype: str = "float32", style: int = 4) -> dict[str,
         raise ValueError(f"style must be 4 or 5, not {style}")
     scaling = config.pop("rope_scaling") or {"rope_type": "default"}
     config["rope_parameters"] = {**scaling, "rope_theta": config.pop("rope_theta")}
+    if "partial_rotary_factor" in config:
+        config["rope_parameters"]["partial_rotary_factor"] = config.pop("partial_rotary_factor")
+    if config["model_type"] == "qwen3_moe":
+        config["num_local_experts"] = config.pop("num_experts")
     return {**config, "dtype": dtype, "transformers_version": "5.0.0"}
 
 
@@ -139,12 +275,12 @@ def head_dim(config: dict[str, Any]) -> int:
 def shapes(name: str) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint, under its Hugging Face name; a tied head has none of its own."""
     config = _ALL_CONFIGS[name]
-    family = config["model_type"]
+    family = config["model_type"].removesuffix("_moe")
     hidden, intermediate, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     q_width = config["num_attention_heads"] * head_dim(config)
     kv_width = config["num_key_value_heads"] * head_dim(config)
-    qkv_bias = family == "qwen2" or config["attention_bias"]
-    o_bias = family != "qwen2" and config["attention_bias"]
+    o_bias = config.get("attention_bias", False)
+    qkv_bias = family == "qwen2" or o_bias
     mlp_bias = config.get("mlp_bias", False)
 
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
@@ -153,6 +289,11 @@ def shapes(name: str) -> dict[str, tuple[int, ...]]:
         out[f"{prefix}.weight"] = (rows, columns)
         if bias:
             out[f"{prefix}.bias"] = (rows,)
+
+    def mlp(prefix: str, inner: int, bias: bool) -> None:
+        linear(f"{prefix}.gate_proj", inner, hidden, bias)
+        linear(f"{prefix}.up_proj", inner, hidden, bias)
+        linear(f"{prefix}.down_proj", hidden, inner, bias)
 
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"
@@ -165,13 +306,52 @@ def shapes(name: str) -> dict[str, tuple[int, ...]]:
             out[f"{at}.self_attn.q_norm.weight"] = (head_dim(config),)
             out[f"{at}.self_attn.k_norm.weight"] = (head_dim(config),)
         out[f"{at}.post_attention_layernorm.weight"] = (hidden,)
-        linear(f"{at}.mlp.gate_proj", intermediate, hidden, mlp_bias)
-        linear(f"{at}.mlp.up_proj", intermediate, hidden, mlp_bias)
-        linear(f"{at}.mlp.down_proj", hidden, intermediate, mlp_bias)
+        if not is_sparse(config, layer):
+            mlp(f"{at}.mlp", intermediate, mlp_bias)
+            continue
+        linear(f"{at}.mlp.gate", config["num_experts"], hidden, False)
+        for expert in range(config["num_experts"]):
+            mlp(f"{at}.mlp.experts.{expert}", config["moe_intermediate_size"], False)
+        if shared := config.get("shared_expert_intermediate_size"):
+            mlp(f"{at}.mlp.shared_expert", shared, False)
+            linear(f"{at}.mlp.shared_expert_gate", 1, hidden, False)
     out["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         out["lm_head.weight"] = (vocab, hidden)
     return out
+
+
+def windows(config: dict[str, Any]) -> list[int]:
+    """Each layer's sliding window, 0 for none, by each family's own rule."""
+    size, layers, first = (
+        config.get("sliding_window", 0),
+        config["num_hidden_layers"],
+        config.get("max_window_layers", 0),
+    )
+    family, has_rope = config["model_type"], rotated(config)
+    slides = [
+        kind == "sliding_attention"
+        if kind
+        else family in ("mistral", "qwen3_moe")
+        or (family == "qwen2" and i >= first)
+        or (family == "qwen2_moe" and i % 2 == 0 and i < first)
+        or (family == "smollm3" and not has_rope[i])
+        for i, kind in enumerate(config.get("layer_types", [None] * layers))
+    ]
+    return [size if size and slide else 0 for slide in slides]
+
+
+def rotated(config: dict[str, Any]) -> list[bool]:
+    """Which layers have RoPE."""
+    layers, interval = config["num_hidden_layers"], config.get("no_rope_layer_interval")
+    listed = config.get("no_rope_layers", [(i + 1) % interval if interval else 1 for i in range(layers)])
+    return [bool(entry) for entry in listed]
+
+
+def is_sparse(config: dict[str, Any], layer: int) -> bool:
+    """Whether a mixture of experts stands in for a layer's MLP."""
+    every = config.get("decoder_sparse_step", 1)
+    return "num_experts" in config and (layer + 1) % every == 0 and layer not in config.get("mlp_only_layers", [])
 
 
 def _draw(model: str, tensor: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -195,6 +375,10 @@ def _draw(model: str, tensor: str, shape: tuple[int, ...]) -> np.ndarray:
     elif "o_proj" in tensor or "down_proj" in tensor:
         # What the layers add outweighs the token's own embedding, or a tied head would repeat its token.
         value = 2.0 / np.sqrt(shape[1]) * normal
+    elif tensor.endswith("mlp.gate.weight"):
+        value = 2.0 / np.sqrt(shape[1]) * normal  # routers that prefer some experts
+        if model.endswith("ties"):
+            value[1::2] = value[::2]
     else:
         value = 1.0 / np.sqrt(shape[1]) * normal
     return value.astype(np.float32)

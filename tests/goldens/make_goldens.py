@@ -41,11 +41,52 @@ FEWEST_DISTINCT = 12
 LARGEST_NOISE = 1e-5
 
 
+# Smallest gap between the last expert chosen and the first not chosen, in router logits: below, rounding could swap
+# them. Equals are no gap: the lower is chosen.
+SMALLEST_ROUTING_GAP = 1e-4
+
+
+def reference_config(name: str) -> Any:
+    """The transformers config. Its LLaMA has no partial rotation; its GLM 4.5 with no layer sparse is LLaMA with it."""
+    config = dict(tiny_models.CONFIGS[name])
+    if "partial_rotary_factor" in config:
+        config.pop("rope_scaling")
+        config |= {"model_type": "glm4_moe", "first_k_dense_replace": config["num_hidden_layers"]}
+        config |= {"head_dim": tiny_models.head_dim(config), "use_qk_norm": False}
+    return transformers.AutoConfig.for_model(**config)
+
+
+def fused(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors as transformers 5 has them in memory: all experts of a layer in one."""
+    out, experts = {}, {}
+    for name, value in weights.items():
+        if ".experts." not in name:
+            out[name] = value
+            continue
+        prefix, rest = name.split(".experts.")
+        number, part, _ = rest.split(".")
+        experts.setdefault(prefix, {}).setdefault(int(number), {})[part] = value
+    for prefix, parts in experts.items():
+        each = [parts[number] for number in sorted(parts)]
+        up = [np.concatenate([part["gate_proj"], part["up_proj"]]) for part in each]
+        out[f"{prefix}.experts.gate_up_proj"] = np.stack(up)
+        out[f"{prefix}.experts.down_proj"] = np.stack([part["down_proj"] for part in each])
+    return out
+
+
+def lowest_first(probabilities: torch.Tensor, k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch.topk, which leaves open which of equals it takes, with the lower first."""
+    values, indices = torch.sort(probabilities, dim=dim, descending=True, stable=True)
+    return values[..., :k], indices[..., :k]
+
+
 def build(name: str, dtype: torch.dtype) -> Any:
     """The transformers model with the weights of tiny_models, eager attention, in eval mode."""
-    config = transformers.AutoConfig.for_model(**tiny_models.CONFIGS[name])
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    state = {tensor: torch.from_numpy(value) for tensor, value in tiny_models.weights(name).items()}
+    config = reference_config(name)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    )
+    state = {tensor: torch.from_numpy(value) for tensor, value in fused(tiny_models.weights(name)).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
     if missing != tied or unexpected:
@@ -54,16 +95,37 @@ def build(name: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
+def forget_lengths(model: Any) -> None:
+    """RoPE that depends on the length stays with the longest that the model has seen; a new text starts afresh."""
+    rope = model.model.rotary_emb
+    rope.max_seq_len_cached = rope.original_max_seq_len
+    rope.inv_freq = rope.original_inv_freq
+
+
 def forward(model: Any, ids: list[int]) -> np.ndarray:
+    forget_lengths(model)
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+
+def is_dynamic(model: Any) -> bool:
+    """Whether RoPE depends on the length: then keys keep the rotation that they were stored with, and only a pass with
+    a cache tells what generation gives."""
+    return model.config.rope_parameters["rope_type"] == "dynamic"
 
 
 def continue_greedily(model: Any, prompt: list[int]) -> tuple[list[int], float, float]:
     """64 greedy tokens by a full pass for each, the smallest top-2 gap, and the largest |logit|."""
     ids, margin, largest = list(prompt), np.inf, 0.0
+    forget_lengths(model)
+    cache = transformers.DynamicCache() if is_dynamic(model) else None
     for _ in range(TOKENS):
-        logits = forward(model, ids)[-1]
+        if cache is None:
+            logits = forward(model, ids)[-1]
+        else:
+            with torch.no_grad():
+                new = torch.tensor([ids[cache.get_seq_length() :]])
+                logits = model(input_ids=new, past_key_values=cache, use_cache=True).logits[0, -1].numpy()
         second, first = np.sort(logits)[-2:]
         margin = min(margin, float(first) - float(second))
         largest = max(largest, float(np.abs(logits).max()))
@@ -83,14 +145,35 @@ def attention_entropy(model: Any, ids: list[int]) -> float:
     return float(np.mean(share))
 
 
+class RoutingGap:
+    """Hears what routers choose, and keeps the smallest gap that decided."""
+
+    def __init__(self, model: Any) -> None:
+        self.smallest = np.inf
+        for module in model.modules():
+            if type(module).__name__.endswith("TopKRouter") and not type(module).__name__.startswith("Glm"):
+                module.register_forward_hook(self.hear)
+
+    def hear(self, module: Any, arguments: Any, result: Any) -> None:
+        ordered = np.sort(result[0].detach().numpy(), axis=-1)[:, ::-1]
+        gaps = ordered[:, module.top_k - 1] - ordered[:, module.top_k]
+        self.smallest = min(self.smallest, gaps[gaps > 0].min(initial=np.inf))
+
+
 def make(name: str) -> dict[str, np.ndarray]:
+    torch.topk = lowest_first
     model = build(name, torch.float32)
     exact = build(name, torch.float64)
     vocab = tiny_models.CONFIGS[name]["vocab_size"]
+    gap = RoutingGap(model)
     for seed in range(200):
+        gap.smallest = np.inf
         rng = np.random.Generator(np.random.PCG64(seed))
         prompt = rng.integers(0, vocab, TOKENS).tolist()
         greedy, margin, largest = continue_greedily(model, prompt[:GREEDY_PROMPT])
+        forward(model, prompt)
+        if gap.smallest < SMALLEST_ROUTING_GAP:
+            continue
         if margin >= SMALLEST_MARGIN * largest and len(set(greedy)) >= FEWEST_DISTINCT:
             break
     else:
