@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from numbainfer.checkpoint import Weights
 from numbainfer.device import Device, peak_memory_bytes
 from numbainfer.errors import NumbaInferError
 from numbainfer.loading import describe
-from numbainfer.model import Model
+from numbainfer.model import Layer, Model
 from numbainfer.progress import Progress, silent
 from numbainfer.registry import backend, bind
 from numbainfer.specs import parameter_count
@@ -203,8 +204,27 @@ class Feeder:
 
 def bytes_moved(model: Model, kind: str, count: int, depth: int, batch: int = 1) -> float:
     """Bytes of weights and of KV cache that a test has to read."""
-    matrices = sum(m.nbytes for layer in model.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down))
-    ends = range(1, count + 1) if kind == "tg" else [*range(model.chunk, count, model.chunk), count]  # of its steps
-    kv = 2 * model.cache.k_pages[0].itemsize * model.config.kv_heads * model.config.head_dim * model.config.layers
-    heads = 1 if kind == "pp" else count
-    return matrices * len(ends) + model.head.nbytes * heads + kv * batch * sum(depth + end for end in ends)
+    if kind == "tg":
+        steps = [(batch, depth + end) for end in range(1, count + 1)]  # tokens of each, and where they end
+    else:
+        ends = [*range(model.chunk, count, model.chunk), count]
+        steps = [(end - start, depth + end) for start, end in pairwise([0, *ends])]
+    position = 2 * model.cache.k_pages[0].itemsize * model.config.kv_heads * model.config.head_dim
+    total = model.head.nbytes * (1 if kind == "pp" else count)
+    for layer in model.layers:
+        for tokens, end in steps:
+            seen = min(end, layer.window + tokens // batch - 1) if layer.window else end
+            total += layer_bytes(model, layer, tokens) + batch * position * seen
+    return total
+
+
+def layer_bytes(model: Model, layer: Layer, tokens: int) -> float:
+    """Bytes of the matrices that a step of so many tokens reads; of a mixture's experts, so many as it can choose."""
+    dense = (layer.qkv, layer.output, layer.gate_up, layer.down)
+    mixture, experts = layer.mixture, model.config.experts
+    if mixture is None or experts is None:
+        return sum(matrix.nbytes for matrix in dense)
+    shared = (mixture.router, mixture.shared_gate_up, mixture.shared_down, mixture.shared_gate)
+    chosen = min(1.0, tokens * experts.per_token / experts.count)
+    own = sum(matrix.nbytes for matrix in (*dense, *shared) if matrix is not None)
+    return own + chosen * (mixture.gate_up.nbytes + mixture.down.nbytes)

@@ -115,11 +115,12 @@ def _recording(model: Model, step: Step) -> Iterator[list[Call]]:
 
 def _labels(model: Model) -> dict[int, str]:
     """What the model calls each of its matrices, by identity."""
+    owners = [owner for layer in model.layers for owner in (layer, layer.mixture) if owner is not None]
     labels = {
         id(value): item.name
-        for layer in model.layers
-        for item in fields(layer)
-        if isinstance(value := getattr(layer, item.name), (Matrix, QuantizedMatrix))
+        for owner in owners
+        for item in fields(owner)
+        if isinstance(value := getattr(owner, item.name), (Matrix, QuantizedMatrix))
     }
     return labels | {id(model.head): "head"}
 

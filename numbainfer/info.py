@@ -104,6 +104,8 @@ def _part(parameter: Parameter) -> str:
         return "norms and biases"
     if name.startswith("lm_head"):
         return "output head"
+    if ".mlp.experts." in name:
+        return "experts"
     return "attention" if "self_attn" in name else "mlp" if ".mlp." in name else "embedding"
 
 
@@ -113,6 +115,8 @@ def _stored(weights: Weights, group: list[Parameter]) -> tuple[str, int]:
         return "float32", sum(p.shape[0] for p in group) * 4
     if isinstance(weights, SourceWeights):  # said by the shapes: quantizing it all would take as long as converting
         groups = weights.target.group(group[0].shape[1])
+        if group[0].exact:
+            return "float32", stored_bytes(group, weights.target)
         kind = weights.target.float_dtype if groups is None else f"int8 (group {groups})"
         return kind, stored_bytes(group, weights.target)
     matrix = weights.matrix([p.name for p in group])

@@ -14,7 +14,7 @@ from building import source_weights
 from command import STORIES, numbainfer, succeed, write_model
 
 from numbainfer import bench_profile
-from numbainfer.bench import Bench, Feeder, Test, plan
+from numbainfer.bench import Bench, Feeder, Test, bytes_moved, plan
 from numbainfer.bench_output import compare, read_rows
 from numbainfer.bench_plot import Point
 from numbainfer.bench_profile import WHOLE_STEP, Step, profile
@@ -267,3 +267,29 @@ def test_ctrl_c_shows_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     result = numbainfer("bench", STORIES, "-p", 4, "-n", 2, "-r", 1, "-o", "json")
     assert result.code == 130
     assert [r["test"] for r in result.json] == ["pp4"]
+
+
+# --- mixtures of experts and sliding windows -----------------------------------------------------------------------
+
+
+def open_tiny(directory: Path, name: str, test: Test) -> Bench:
+    return Bench(lambda: source_weights(write_model(directory / name, name)), Device("cpu"), [test], threads=1)
+
+
+def test_bench_of_a_mixture_counts_the_chosen_experts(tmp_path: Path) -> None:
+    bench = open_tiny(tmp_path, "qwen3_moe", Test("tg", 1, 2))
+    moved = [bytes_moved(bench.model, "tg", 1, 2, batch) for batch in (1, 8)]
+    experts = [layer.mixture for layer in bench.model.layers if layer.mixture is not None]
+    all_of_them = sum(mixture.gate_up.nbytes + mixture.down.nbytes for mixture in experts)
+    kv = sum(2 * 4 * 3 * bench.model.config.kv_heads * bench.model.config.head_dim for _ in bench.model.layers)
+    # 3 of 8 experts for one token, all for eight; the rest is the cache of seven more sequences
+    assert moved[1] - moved[0] == pytest.approx(all_of_them * 5 / 8 + 7 * kv)
+    names = {r["operator"] for r in profile(bench, Test("tg", 1, 2), 1)}
+    assert {"route", "group_by_expert", "linear_experts gate_up", "linear_experts down", "linear router"} <= names
+
+
+def test_bench_counts_what_a_window_lets_see(tmp_path: Path) -> None:
+    bench = open_tiny(tmp_path, "mistral_window", Test("tg", 1, 100))
+    window = next(layer.window for layer in bench.model.layers if layer.window)
+    within, beyond = (bytes_moved(bench.model, "tg", 1, depth) for depth in (window - 1, window + 40))
+    assert beyond == within
