@@ -1,4 +1,4 @@
-"""Reads GGUF files of the architectures llama, qwen2 and qwen3, through the gguf library.
+"""Reads GGUF files of the architectures that gguf_config.py lists, through the gguf library.
 
 Names, shapes and RoPE layout become Hugging Face's; quantized tensors are dequantized row by row when asked.
 """
@@ -16,6 +16,7 @@ from gguf import GGUFReader  # the library: this module is numbainfer.converters
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from numbainfer.converters.experts import split_experts
 from numbainfer.converters.gguf_config import ARCHITECTURES, generation_config, model_config
 from numbainfer.converters.gguf_header import check_header
 from numbainfer.converters.source import Array, Source, SourceTensor, half_split
@@ -40,6 +41,14 @@ _BLOCK_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 _PLAIN = {
     GGMLQuantizationType.F32: ("float32", "<f4"),
@@ -129,8 +138,8 @@ def open_gguf(path: Path) -> Source:
     except NumbaInferError as error:
         raise NumbaInferError(f"{path}: {error}") from error
 
-    # convert_hf_to_gguf interleaves q and k of this architecture alone, and their biases.
-    interleaved = ("self_attn.q_proj", "self_attn.k_proj") if architecture == "llama" else ()
+    # convert_hf_to_gguf interleaves q and k of these architectures alone, and their biases.
+    interleaved = ("self_attn.q_proj", "self_attn.k_proj") if architecture in ("llama", "smollm3") else ()
     tensors: dict[str, SourceTensor] = {}
     for name, tensor in stored.items():
         hf_name = huggingface_name(name)
@@ -138,6 +147,10 @@ def open_gguf(path: Path) -> Source:
             raise NumbaInferError(f"{path}: tensor {shown(name)} is none of a {architecture} model's")
         head_dim = config["head_dim"] if hf_name.rsplit(".", 1)[0].endswith(interleaved) else None
         tensors[hf_name] = _tensor(path, hf_name, tensor, head_dim)
+    try:
+        tensors = split_experts(tensors)
+    except NumbaInferError as error:
+        raise NumbaInferError(f"{path}: {error}") from error
     mappings = [reader.mapping for reader in readers]
     return Source(path, "gguf", config, generation, tokenizer, tensors, mappings)
 
@@ -157,9 +170,11 @@ def _tensor(path: Path, name: str, tensor: Any, head_dim: int | None) -> SourceT
     """tensor: the library's ReaderTensor. head_dim: of q and k whose rows are interleaved, else None."""
     kind = GGMLQuantizationType(tensor.tensor_type)
     shape = tuple(int(n) for n in reversed(tensor.shape))
+    data: Array = tensor.data
+    if name.endswith("shared_expert_gate.weight") and len(shape) == 1:  # one row, which lost its axis
+        shape, data = (1, *shape), data[None]
     if head_dim is not None and shape[0] % head_dim:
         raise NumbaInferError(f"{path}: tensor {tensor.name} has {shape[0]} rows, not heads of {head_dim}")
-    data: Array = tensor.data
     if kind in _PLAIN:
         dtype, stored = _PLAIN[kind]
         return SourceTensor(name, shape, dtype, _rows(data.view(stored), head_dim))

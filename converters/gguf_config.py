@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 
 from numbainfer.errors import NumbaInferError
+from numbainfer.rope_scaling import yarn_attention_factor
 from numbainfer.safetensors_file import shown
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2moe": "Qwen2MoeForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+}
 
 # Tokens that end a turn or a text. GGUF names a single EOS, and chat models stop at any of these; they
 # count where the vocabulary marks them as control tokens.
@@ -66,8 +74,6 @@ def model_config(
     naming the key at fault but not the file.
     """
     meta = _Metadata(metadata, architecture)
-    if meta.get("expert_count"):
-        raise NumbaInferError("mixture-of-experts models are not supported")
     hidden_size, heads = meta.size("embedding_length"), meta.size("attention.head_count")
     head_dim = meta.size("attention.key_length", hidden_size // heads)
     if meta.size("attention.value_length", head_dim) != head_dim:
@@ -80,7 +86,7 @@ def model_config(
 
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[architecture]],
-        "model_type": architecture,
+        "model_type": architecture.replace("moe", "_moe"),
         "hidden_size": hidden_size,
         "intermediate_size": meta.size("feed_forward_length"),
         "num_hidden_layers": meta.size("block_count"),
@@ -98,10 +104,43 @@ def model_config(
     scaling = _rope_scaling(meta, rope_factors, config["rope_theta"], head_dim)
     if scaling is not None:
         config["rope_scaling"] = scaling
-    if architecture == "llama":
+    if architecture in ("llama", "smollm3"):
         config["attention_bias"] = "blk.0.attn_q.bias" in tensor_names
         config["mlp_bias"] = "blk.0.ffn_up.bias" in tensor_names
-    return config | _special_tokens(metadata)
+    if architecture == "smollm3":  # llama.cpp knows this one number, and the file has no key
+        config["no_rope_layer_interval"] = 4
+    return config | _window(meta, architecture) | _experts(meta, architecture) | _special_tokens(metadata)
+
+
+def _window(meta: _Metadata, architecture: str) -> dict[str, Any]:
+    """The sliding window of a Mistral, which is a llama otherwise."""
+    if not meta.get("attention.sliding_window"):
+        return {}
+    if architecture != "llama":
+        raise NumbaInferError(f"{meta.prefix}attention.sliding_window is not supported")
+    family = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    return {**family, "sliding_window": meta.size("attention.sliding_window")}
+
+
+def _experts(meta: _Metadata, architecture: str) -> dict[str, Any]:
+    """The mixture of experts, with llama.cpp's defaults for what files of its first days lack."""
+    if not architecture.endswith("moe"):
+        if meta.get("expert_count"):
+            raise NumbaInferError(f"{meta.prefix}expert_count: experts of {architecture} (Mixtral) are not supported")
+        return {}
+    for key, usual in (("expert_gating_func", 1), ("expert_weights_scale", 1.0), ("expert_group_count", 1)):
+        if meta.get(key, usual) not in (usual, 0):
+            raise NumbaInferError(f"{meta.prefix}{key} = {shown(meta.get(key))} is not supported")
+    inner, used = meta.size("feed_forward_length"), meta.size("expert_used_count")
+    experts: dict[str, Any] = {
+        "num_experts": meta.size("expert_count"),
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": meta.size("expert_feed_forward_length", max(1, inner // used)),
+        "norm_topk_prob": bool(meta.get("expert_weights_norm", architecture == "qwen3moe")),
+    }
+    if architecture == "qwen2moe":
+        experts["shared_expert_intermediate_size"] = meta.size("expert_shared_feed_forward_length", inner)
+    return experts
 
 
 def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,11 +180,18 @@ def _rope_scaling(
             return {"rope_type": "linear", "factor": meta.number("rope.scaling.factor", old_key)}
         if kind == "yarn":
             original = meta.size("rope.scaling.original_context_length")
-            return {
-                "rope_type": "yarn",
-                "factor": meta.number("rope.scaling.factor"),
-                "original_max_position_embeddings": original,
-            }
+            factor = meta.number("rope.scaling.factor")
+            scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+            for key in ("beta_fast", "beta_slow"):
+                if meta.get(f"rope.scaling.yarn_{key}") is not None:
+                    scaling[key] = meta.number(f"rope.scaling.yarn_{key}")
+            for key in ("attn_factor", "yarn_attn_factor"):
+                if meta.get(f"rope.scaling.{key}") is not None:  # times what YaRN has anyway
+                    scaling["attention_factor"] = meta.number(f"rope.scaling.{key}") * yarn_attention_factor(factor)
+            for key in ("yarn_log_multiplier", "yarn_ext_factor"):
+                if meta.get(f"rope.scaling.{key}", 1.0) != 1.0:
+                    raise NumbaInferError(f"{meta.prefix}rope.scaling.{key} is not supported")
+            return scaling
         raise meta.error("rope.scaling.type", kind, "none, linear or yarn")
     if factors is None:
         return None

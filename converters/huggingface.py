@@ -9,6 +9,7 @@ from typing import Any
 
 from numbainfer.checkpoint import read_json
 from numbainfer.converters import tokenizer_files
+from numbainfer.converters.experts import split_experts
 from numbainfer.converters.quantized import dequantized
 from numbainfer.converters.source import Source, SourceTensor
 from numbainfer.converters.torch_file import TorchFile, TorchTensor
@@ -45,12 +46,12 @@ def open_huggingface(directory: Path) -> Source:
             # Old checkpoints saved buffers, which follow from the config.
             if not name.endswith(("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")):
                 tensors[name] = file.tensor(name)
-    if "quantization_config" in config:
-        quantization = config.pop("quantization_config")
-        try:
-            tensors = dequantized(config, quantization, tensors)
-        except NumbaInferError as error:
-            raise NumbaInferError(f"{directory}: {error}") from error
+    try:
+        if "quantization_config" in config:
+            tensors = dequantized(config, config.pop("quantization_config"), tensors)
+        tensors = split_experts(tensors)
+    except NumbaInferError as error:
+        raise NumbaInferError(f"{directory}: {error}") from error
     for tensor in tensors.values():
         if tensor.dtype not in _FLOATS:
             raise NumbaInferError(

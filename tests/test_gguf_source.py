@@ -186,7 +186,7 @@ def test_end_of_generation_tokens(tmp_path: Path) -> None:
     ("changes", "problem"),
     [
         ({"split.count": 3}, "one of 3 parts of a GGUF, which its name must say"),
-        ({"llama.expert_count": 8}, "mixture-of-experts"),
+        ({"llama.expert_count": 8}, r"llama.expert_count: experts of llama \(Mixtral\) are not supported"),
         ({"llama.block_count": None}, r"llama\.block_count is missing"),
         ({"llama.block_count": 0}, r"llama\.block_count is 0, not"),
         ({"llama.context_length": "long"}, r"llama\.context_length is 'long', not"),

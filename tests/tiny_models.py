@@ -246,7 +246,39 @@ INT8_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_int8": _config(QWEN2, (2, 64, 4, 2, 160, 151), tied=False, eps=1e-6, theta=1e6),
     "qwen3_mixed": _config(QWEN3, (2, 96, 4, 2, 172, 97), tied=False, eps=1e-6, theta=1e6, head_dim=16),
 }
-_ALL_CONFIGS = {**CONFIGS, **INT8_CONFIGS}
+# A mixture in groups of 64 and 32. Apart from the others: rounding sends some tokens to other experts.
+INT8_MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen2_moe_int8": _config(
+        QWEN2_MOE,
+        (2, 96, 4, 2, 160, 97),
+        tied=False,
+        eps=1e-6,
+        theta=1e4,
+        **_experts(6, 2, 64),
+        norm_topk_prob=False,
+        shared_expert_intermediate_size=96,
+        mlp_only_layers=[1],
+    ),
+}
+
+# Without goldens, too: what a GGUF can say.
+GGUF_CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2_moe_plain": _config(
+        QWEN2_MOE,
+        (2, 64, 4, 2, 96, 97),
+        tied=False,
+        eps=1e-6,
+        theta=1e4,
+        **_experts(6, 2, 32),
+        norm_topk_prob=False,
+        shared_expert_intermediate_size=64,
+    ),
+    "qwen3_moe_plain": _config(
+        QWEN3_MOE, (2, 64, 4, 2, 96, 97), tied=False, eps=1e-6, theta=1e4, **_experts(8, 3, 32), norm_topk_prob=True
+    ),
+    "smollm3_every_4th": _config(SMOLLM3, (5, 64, 4, 2, 96, 97), tied=True, eps=1e-6, theta=2e6),
+}
+_ALL_CONFIGS = {**CONFIGS, **INT8_CONFIGS, **INT8_MIXTURES, **GGUF_CONFIGS}
 
 
 def hf_config(name: str, *, dtype: str = "float32", style: int = 4) -> dict[str, Any]:
