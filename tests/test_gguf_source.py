@@ -241,3 +241,40 @@ def test_a_real_gguf() -> None:
         rows = tensor.rows(0, min(64, tensor.shape[0]))
         assert np.isfinite(rows).all()
         assert 1e-4 < np.abs(rows).max() < 100
+
+
+def write_split(directory: Path, count: int = 3) -> list[Path]:
+    """The parts of a GGUF as llama-gguf-split writes them: the metadata in the first, which need not have tensors."""
+    directory.mkdir()
+    stored = list(files.as_gguf(files.weights()).items())
+    paths = []
+    for number, names in enumerate(np.array_split(np.arange(len(stored)), count - 1)):
+        paths.append(directory / f"m-{number + 2:05}-of-{count:05}.gguf")
+        keys = {"split.no": number + 1, "split.count": count, "split.tensors.count": len(stored)}
+        files.write_gguf(paths[-1], dict(stored[i] for i in names), keys)
+    first = directory / f"m-00001-of-{count:05}.gguf"
+    keys = {"split.no": 0, "split.count": count, "split.tensors.count": len(stored)}
+    files.write_gguf(first, {}, files.gguf_metadata() | keys)
+    return [first, *paths]
+
+
+def test_split(tmp_path: Path) -> None:
+    paths = write_split(tmp_path / "m")
+    expected = files.weights()
+    for given in (paths[0], paths[2], tmp_path / "m"):  # any part, or the directory that has nothing else
+        with open_gguf(given) as source:
+            assert source.tensors.keys() == expected.keys()
+            for name, array in expected.items():
+                np.testing.assert_array_equal(source.tensors[name].rows(0, len(array)), array)
+    paths[1].rename(tmp_path / "elsewhere.gguf")
+    with pytest.raises(NumbaInferError, match=r"m-00002-of-00003\.gguf is missing; is the download complete"):
+        open_gguf(paths[0])
+    with pytest.raises(NumbaInferError, match="one of 3 parts of a GGUF, which its name must say"):
+        open_gguf(tmp_path / "elsewhere.gguf")
+    paths[2].rename(paths[1])
+    paths[1].with_name("m-00003-of-00003.gguf").write_bytes(paths[1].read_bytes())
+    with pytest.raises(NumbaInferError, match=r"m-00002-of-00003\.gguf is part 2 of another GGUF"):
+        open_gguf(paths[0])
+    files.write_gguf(tmp_path / "m" / "other.gguf", EMBEDDING)
+    with pytest.raises(NumbaInferError, match="has several GGUF models; give one of them"):
+        open_gguf(tmp_path / "m")
