@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -103,10 +102,10 @@ def open_source(path: Path | str, options: SourceOptions = NO_OPTIONS, *, requir
 
 
 def require_path(path: Path) -> None:
-    """Refuses a path where nothing is, with a hint if it has the form of a hub id."""
+    """Refuses a path where nothing is."""
     if not path.exists():
         problem = "a symbolic link that leads nowhere" if path.is_symlink() else "no such file or directory"
-        raise NumbaInferError(f"{path}: {problem}{_hub_hint(path)}")
+        raise NumbaInferError(f"{path}: {problem}")
 
 
 def _open(path: Path, options: SourceOptions) -> Source:
@@ -157,16 +156,6 @@ def _open_directory(path: Path, options: SourceOptions) -> Source:
         raise NumbaInferError(f"{path} has several GGUF models; give one of them, such as {ggufs[0]}")
     hint = "it has no config.json and no params.json" if any(path.iterdir()) else "it is empty"
     raise NumbaInferError(f"{path} is not a model directory: {hint}")
-
-
-def _hub_hint(path: Path) -> str:
-    """What to do about a missing path that has the form of a Hugging Face hub id, else nothing."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path.as_posix()) or os.path.lexists(path.parent):
-        return ""
-    return (
-        "; if it is a Hugging Face hub id: downloading is not supported yet, so download it "
-        f"(hf download {path.as_posix()} --local-dir DIR) and give DIR"
-    )
 
 
 def _guess(head: bytes) -> str:

@@ -18,6 +18,7 @@ from numbainfer.checkpoint import Checkpoint, Weights, is_checkpoint, read_file,
 from numbainfer.console import detail, size
 from numbainfer.converters.convert import SourceWeights, Target, convert
 from numbainfer.converters.demo import fetch_demo
+from numbainfer.converters.hub import HubId, fetch
 from numbainfer.converters.source import open_source, require_path
 from numbainfer.converters.source_options import NO_OPTIONS, SourceOptions
 from numbainfer.device import Device
@@ -76,18 +77,49 @@ def names_a_model(text: str) -> bool:
     if os.path.lexists(text):  # False, not an error, for a prompt that is too long to be a path
         return True
     return re.search(r"\s", text) is None and (
-        text.endswith((".gguf", ".bin")) or re.fullmatch(r"[\w.~-]*(/[\w.-]+)+/?(@[\w.-]+)?", text) is not None
+        text.endswith((".gguf", ".bin")) or re.fullmatch(r"[\w.~-]*(/[\w.-]+)+/?(@[\w./-]+)?", text) is not None
     )
 
 
 def require_model(text: str) -> None:
-    """Refuses a MODEL that is not there."""
+    """Refuses a MODEL that is neither there nor a hub id."""
     if not text:
         raise NumbaInferError("the model's name is empty")
     try:
-        require_path(Path(text))
+        if hub_id_of(text) is None:
+            require_path(Path(text))
     except OSError as error:
         raise NumbaInferError(f"cannot read {text}: {error.strerror}") from error
+
+
+def hub_id_of(text: str) -> HubId | None:
+    """The hub id that a MODEL is, None for a path: what begins with something that is there."""
+    if os.path.lexists(text.split("/", maxsplit=1)[0]):
+        return None
+    return HubId.parse(text)
+
+
+def fetch_source(text: str, progress: Progress | None = None) -> Path:
+    """The path of a SOURCE, which is downloaded if it is a hub id."""
+    hub_id = hub_id_of(text)
+    return Path(text) if hub_id is None else fetch(hub_id, progress).path
+
+
+def _converted_snapshot(hub_id: HubId, progress: Progress | None) -> Path:
+    """A model of the hub, converted; downloaded and converted on the first call for its commit."""
+    snapshot, target = fetch(hub_id, progress), Target()
+    file = f"-{Path(hub_id.file).stem}" if hub_id.file else ""
+    name = f"{hub_id.repository.replace('/', '--')}{file}-{snapshot.commit[:12]}"
+    directory = cache_directory() / "hub" / f"{name}-{target.dtype}-{target.group_size}"
+    if _is_intact(directory):
+        return directory
+    try:
+        with open_source(snapshot.path) as source:
+            convert(source, directory, target, progress=progress)
+    except NumbaInferError:
+        if not _is_intact(directory):  # else another process was faster
+            raise
+    return directory
 
 
 def open_model(
@@ -98,13 +130,19 @@ def open_model(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> OpenedModel:
-    """A converted directory mapped in place; any other source to be quantized while loading; None: the demo model."""
-    if path is not None:
+    """A converted directory mapped in place; any other source to be quantized while loading; a hub id: downloaded, and
+    its conversion kept; None: the demo model."""
+    hub_id = None
+    if path is None:
+        path = demo_directory(progress)
+    else:
         require_model(str(path))
-    path = demo_directory(progress) if path is None else Path(path)
+        hub_id = hub_id_of(str(path))
+        path = Path(path) if hub_id is None else _converted_snapshot(hub_id, progress)
     if path.is_dir() and is_checkpoint(path):
         source_options.refuse_all("a converted model has its own")
         weights: Weights = Checkpoint(path)
+        weights.name = str(hub_id or weights.name)
         files = {name: read_file(path / name) for name in TOKENIZER_FILES if (path / name).is_file()}
     else:
         source = open_source(path, source_options, require_tokenizer=require_tokenizer)
@@ -189,7 +227,8 @@ def _is_intact(directory: Path) -> bool:
         return False
     try:
         Checkpoint(directory)
-        read_json(directory / "tokenizer.json")
+        if not (directory / "tokenizer.model").is_file():
+            read_json(directory / "tokenizer.json")
     except NumbaInferError:
         shutil.rmtree(directory, ignore_errors=True)
         return False

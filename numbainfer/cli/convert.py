@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     "Write a model as int8 (or float16, bfloat16, float32), once.",
     examples="""
 numbainfer convert ./Qwen2.5-0.5B qwen
+numbainfer convert Qwen/Qwen3-0.6B qwen3 --group-size 32
 numbainfer convert stories15M.bin stories --dtype float32 --tokenizer tokenizer.bin
 """,
 )
@@ -38,16 +39,18 @@ numbainfer convert stories15M.bin stories --dtype float32 --tokenizer tokenizer.
 def convert(source: str, out: str, dtype: str, group_size: str, force: bool, source_options: SourceOptions) -> None:
     """Convert SOURCE to numbainfer's format in the new directory OUT.
 
-    SOURCE is a Hugging Face checkpoint directory (safetensors), a .gguf or a llama2.c .bin. OUT appears when all of it
-    is on the disk; an interrupted conversion leaves nothing there.
+    SOURCE is a hub id (OWNER/NAME[/FILE][@REVISION]), a Hugging Face or Meta directory, a .gguf, a .bin or .pt of
+    llama2.c, or a converted model. OUT appears when all of it is on the disk; an interrupted conversion leaves nothing
+    there.
     """
     from numbainfer.console import announce_compilation, note, progress_bars, size
     from numbainfer.converters import convert as converter
     from numbainfer.converters.source import open_source
+    from numbainfer.loading import fetch_source
 
     target = converter.Target(dtype, int(group_size))
     announce_compilation()
-    with open_source(source, source_options) as opened, progress_bars() as progress:
+    with progress_bars() as progress, open_source(fetch_source(source, progress), source_options) as opened:
         summary = converter.convert(opened, Path(out), target, force=force, progress=progress)
     note(f"{out}: {summary.parameters:,} parameters, {size(summary.nbytes)} as {dtype}")
     if summary.floating:

@@ -200,7 +200,8 @@ def run(
 ) -> None:
     """Generate text: the reply of a chat model, or the continuation of PROMPT.
 
-    MODEL is a converted directory, a Hugging Face checkpoint directory, a .gguf or a llama2.c .bin; without one, the
+    MODEL is a hub id (OWNER/NAME[/FILE][@REVISION]), a converted, Hugging Face or Meta directory, a .gguf, or a .bin or
+    .pt of llama2.c; without one, the
     demo model SmolLM2-135M-Instruct, fetched once. PROMPT "-", or none with a pipe on stdin, is read from stdin.
     """
     from numbainfer.chat_session import Session, chat_loop, reply
