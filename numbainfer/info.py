@@ -13,7 +13,7 @@ from numbainfer.loading import context_size, open_model
 from numbainfer.machine import memory_bytes
 from numbainfer.model import CHUNK
 from numbainfer.quantization import QuantizedMatrix
-from numbainfer.specs import Parameter, parameter_count, parameter_groups
+from numbainfer.specs import Parameter, active_parameter_count, parameter_count, parameter_groups
 
 
 def model(path: str, ctx_size: int | None, options: SourceOptions) -> dict[str, Any]:
@@ -27,11 +27,12 @@ def model(path: str, ctx_size: int | None, options: SourceOptions) -> dict[str, 
     for group in parameter_groups(config):
         kind, nbytes = _stored(weights, group)
         part = parts.setdefault(_part(group[0]), {"parameters": 0, "bytes": 0, "stored": []})
-        part["parameters"] += sum(p.shape[0] * (p.shape[1] if p.is_matrix else 1) for p in group)
+        part["parameters"] += sum(p.size for p in group)
         part["bytes"] += nbytes
         if kind not in part["stored"]:
             part["stored"].append(kind)
-    matrices = sorted({kind for name, part in parts.items() if name != "norms and biases" for kind in part["stored"]})
+    always_float = ("norms and biases", "routers")
+    matrices = sorted({kind for name, part in parts.items() if name not in always_float for kind in part["stored"]})
     per_token = 2 * (4 if matrices == ["float32"] else 2) * config.layers * config.kv_heads * config.head_dim
     total = sum(part["bytes"] for part in parts.values())
     cache, workspace = per_token * -(-positions // 64) * 64, workspace_bytes(config, positions)
@@ -39,6 +40,9 @@ def model(path: str, ctx_size: int | None, options: SourceOptions) -> dict[str, 
         "model": opened.name,
         "architecture": config.architecture,
         "parameters": parameter_count(config),
+        "active_parameters": active_parameter_count(config),
+        "experts": config.experts.count if config.experts else 0,
+        "experts_per_token": config.experts.per_token if config.experts else 0,
         "layers": config.layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -63,10 +67,11 @@ def model(path: str, ctx_size: int | None, options: SourceOptions) -> dict[str, 
 def as_text(facts: dict[str, Any]) -> dict[str, str]:
     """The same for people: name -> value."""
     tied = ", tied output head" if facts["tied_embeddings"] else ""
+    active = f", {facts['active_parameters']:,} active for a token" if facts["experts"] else ""
     lines = {
         "model": facts["model"],
         "architecture": facts["architecture"],
-        "parameters": f"{facts['parameters']:,}",
+        "parameters": f"{facts['parameters']:,}{active}",
         "layers": f"{facts['layers']}, hidden {facts['hidden_size']}, mlp {facts['intermediate_size']}",
         "attention": f"{facts['heads']} heads, {facts['kv_heads']} key/value heads of {facts['head_dim']}",
         "vocabulary": f"{facts['vocab_size']:,}{tied}",
@@ -74,6 +79,8 @@ def as_text(facts: dict[str, Any]) -> dict[str, str]:
         "kernels": facts["kernels"],
         "weights": f"{size(facts['weight_bytes'])}, {', '.join(facts['weights'])}",
     }
+    if facts["experts"]:
+        lines["experts"] = f"{facts['experts']}, of which {facts['experts_per_token']} for a token"
     for name, part in facts["parts"].items():
         count = f"{part['parameters']:,}"
         lines[f"  {name}"] = f"{size(part['bytes']):>9}  {count:>15} parameters, {', '.join(part['stored'])}"
@@ -94,6 +101,10 @@ def workspace_bytes(config: ModelConfig, ctx_size: int) -> int:
     qkv, inner, hidden = heads + 2 * config.kv_heads * config.head_dim, config.intermediate_size, config.hidden_size
     floats = hidden + qkv + 2 * inner  # x, qkv, gate and up, in float32; what matrices take in, as two int8 planes
     inputs = 2 * hidden + heads + inner
+    if experts := config.experts:
+        k, shared = experts.per_token, experts.shared_size
+        floats += hidden + k * (hidden + 2 * experts.size) + (hidden + 2 * shared if shared else 0)
+        inputs += k * experts.size + shared
     return tokens * (4 * floats + 2 * inputs) + 4 * (ctx_size * config.head_dim + config.vocab_size)
 
 
@@ -102,6 +113,8 @@ def _part(parameter: Parameter) -> str:
     name = parameter.name
     if not parameter.is_matrix:
         return "norms and biases"
+    if parameter.exact:
+        return "routers"
     if name.startswith("lm_head"):
         return "output head"
     if ".mlp.experts." in name:

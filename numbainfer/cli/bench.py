@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from numbainfer.converters.source_options import SourceOptions
     from numbainfer.device import Device
 
-ARCHITECTURES = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b")
+ARCHITECTURES = (
+    *("smollm2-135m", "smollm2-360m", "smollm2-1.7b", "smollm3-3b", "tinyllama-1.1b"),
+    *("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "mistral-7b"),
+    *("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"),
+    *("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-30b-a3b", "qwen1.5-moe-a2.7b"),
+)
 
 
 PLOTS = (".png", ".svg", ".pdf")
@@ -182,13 +187,17 @@ def _measure(
     from numbainfer.console import progress_bars
     from numbainfer.device import Device
     from numbainfer.loading import open_model
+    from numbainfer.machine import memory_bytes
     from numbainfer.random_weights import RandomWeights
 
     with progress_bars() as progress:
 
         def open_weights() -> Weights:
             if architecture is not None:
-                return RandomWeights(architecture)
+                weights = RandomWeights(architecture)
+                if device.kind == "cpu":  # a GPU gets matrix after matrix, and says itself when it is full
+                    weights.require_memory(memory_bytes())
+                return weights
             return open_model(
                 model, source_options=source_options, require_tokenizer=False, threads=threads, progress=progress
             ).weights
