@@ -12,13 +12,14 @@ import numpy as np
 from numba import cuda
 from numpy import float32, int64
 
+from numbainfer.gpu import attention_decode
 from numbainfer.gpu.compile import family, kernel
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import advance, wait_for_previous_kernel
 from numbainfer.gpu.quantize import quantize
 from numbainfer.gpu.reduce import element, warp_sum
-from numbainfer.gpu.rope import PAGE, check_pages
+from numbainfer.gpu.rope import PAGE, HeldRope, check_pages
 from numbainfer.quantization import QuantizedRows
 
 WARPS = 8
@@ -105,10 +106,20 @@ def attention(
     if out.shape != (tokens, width):
         raise ValueError(f"attention: {tokens} tokens of {heads} heads of {head_dim} do not give {out.shape}")
     values = stream.scratch("attention", (tokens, width)) if isinstance(out, QuantizedRows) else out
-    stream.launch(
-        _attention(str(k_pages.dtype), 4 if head_dim <= 128 else 16),
-        *((tokens, heads), qkv, heads, kv_heads, head_dim, scale, window, positions, sequences),
-        *(k_pages, v_pages, page_table, page_table.shape[1], values),
-    )
+    held = stream.take_held()
+    if held is not None and not (isinstance(held, HeldRope) and held.qkv.pointer == qkv.pointer):
+        held.launch()
+        held = None
+    where = (positions, sequences, k_pages, v_pages, page_table)
+    if attention_decode.fits(tokens, head_dim, k_pages.dtype):
+        attention_decode.decode(stream, qkv, heads, scale, window, held, *where, values)
+    else:
+        if held is not None:
+            held.launch()
+        stream.launch(
+            _attention(str(k_pages.dtype), 4 if head_dim <= 128 else 16),
+            *((tokens, heads), qkv, heads, kv_heads, head_dim, scale, window, positions, sequences),
+            *(k_pages, v_pages, page_table, page_table.shape[1], values),
+        )
     if isinstance(out, QuantizedRows):
         quantize(stream, values, out)

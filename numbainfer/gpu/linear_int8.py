@@ -36,6 +36,7 @@ from numbainfer.gpu.ptx import (
     round_to_int,
     shared_address,
     shared_f32,
+    shared_i32,
     shared_i32x4,
     shared_store_f32,
     shared_store_i32,
@@ -151,62 +152,61 @@ def _gemv(width: int, group: int, planes: int, tokens: int, split: int, source: 
         copy_async_commit()
 
     @device_function
-    def quantize(x, norm, eps, memory, codes, scales, sums, stride):
-        """One token's activations to shared memory; the first block writes them to global memory too."""
-        values = cuda.local.array(per_thread, float32)
+    def quantize(x, norm, values, eps, memory):
+        """One token's activations to shared memory. values: the norm's weights for this thread's columns, or room."""
+        v = cuda.local.array(per_thread, float32)
         partial = cuda.shared.array(32, float32)
-        factor = float32(1)
-        if normed:
-            squares = float32(0)
-            for j in range(quads):
-                quad = cuda.threadIdx.x + THREADS * j
-                v = load_f32x4(address(x) + 16 * min(quad, width // 4 - 1))
-                for b in range(4):
-                    values[4 * j + b] = v[b] if quad < width // 4 else float32(0)
-                    squares += values[4 * j + b] * values[4 * j + b]
-            factor = float32(1) / math.sqrt(block_sum(squares, partial) / float32(width) + eps)
+        squares = float32(0)
         for j in range(quads):
             quad = cuda.threadIdx.x + THREADS * j
-            v = load_f32x4(address(norm if normed else x) + 16 * min(quad, width // 4 - 1))
+            four = load_f32x4(address(x) + 16 * min(quad, width // 4 - 1))
             for b in range(4):
-                values[4 * j + b] = values[4 * j + b] * factor * v[b] if normed else v[b]
+                v[4 * j + b] = four[b] if quad < width // 4 else float32(0)
+                squares += v[4 * j + b] * v[4 * j + b]
+        if normed:
+            factor = float32(1) / math.sqrt(block_sum(squares, partial) / float32(width) + eps)
+            for j in range(per_thread):
+                v[j] *= factor * values[j]
+        for j in range(quads):
+            quad = cuda.threadIdx.x + THREADS * j
             largest = float32(0)
             for b in range(4):
-                largest = max(largest, abs(values[4 * j + b]))
+                largest = max(largest, abs(v[4 * j + b]))
             step = lanes // 2
             while step:
                 largest = max(largest, cuda.shfl_xor_sync(0xFFFFFFFF, largest, step))
                 step //= 2
             inverse = top / largest if largest > TINY else float32(0)
-            high_word, low_word, total = int32(0), int32(0), int32(0)
+            high_word, low_word = int32(0), int32(0)
             for b in range(4):
-                q = round_to_int(values[4 * j + b] * inverse)
+                q = round_to_int(v[4 * j + b] * inverse)
                 high, low = q, int32(0)
                 if planes == 2:
                     high = high_byte(q)
                     low = low_byte(q, high)
-                    q = (high << int32(8)) + low
                 high_word |= (high & int32(255)) << int32(8 * b)
                 low_word |= (low & int32(255)) << int32(8 * b)
-                total += q
             if quad < width // 4:
                 shared_store_i32(memory + at_codes + 4 * quad, high_word)
                 if planes == 2:
                     shared_store_i32(memory + at_codes + width + 4 * quad, low_word)
                 if quad % lanes == 0:
                     shared_store_f32(memory + at_xs + 4 * (quad // lanes), largest / top)
-            if cuda.blockIdx.x == 0:
-                step = lanes // 2
-                while step:
-                    total += cuda.shfl_xor_sync(0xFFFFFFFF, total, step)
-                    step //= 2
-                if quad < width // 4:
-                    codes[quad] = high_word
-                    if planes == 2:
-                        codes[stride // 8 + quad] = low_word
-                    if quad % lanes == 0:
-                        scales[quad // lanes] = largest / top
-                        sums[quad // lanes] = total
+
+    @device_function
+    def publish(memory, codes, scales, sums, stride):
+        """What stands in shared memory to global memory, for who else reads these activations."""
+        for quad in range(cuda.threadIdx.x, width // 4, THREADS):
+            for plane in range(planes):
+                codes[(plane * stride // planes) // 4 + quad] = shared_i32(memory + at_codes + plane * width + 4 * quad)
+        for g in range(cuda.threadIdx.x, groups, THREADS):
+            total = int32(0)
+            for plane in range(planes):
+                total <<= int32(8)
+                for i in range(lanes):
+                    at = memory + at_codes + plane * width + g * group + 4 * i
+                    total = dp4a(shared_i32(at), int32(0x01010101), total)
+            scales[g], sums[g] = shared_f32(memory + at_xs + 4 * g), total
 
     @device_function
     def fetch(memory, codes, scales, stride, first, last):
@@ -241,10 +241,19 @@ def _gemv(width: int, group: int, planes: int, tokens: int, split: int, source: 
             if asked_unit == units:
                 asked_item, asked_unit = asked_item + WARPS, 0
 
+        values = cuda.local.array(per_thread, float32)
+        if normed:
+            for j in range(quads):
+                four = load_f32x4(address(norm) + 16 * min(cuda.threadIdx.x + THREADS * j, width // 4 - 1))
+                for b in range(4):
+                    values[4 * j + b] = four[b]
+
         wait_for_previous_kernel()
         first_token = cuda.blockIdx.y * tokens
+        mine = cuda.threadIdx.x < count and tokens == 1  # the residual that this thread adds, asked for early
+        early = residual[first + cuda.threadIdx.x] if mine and address(residual) != 0 else float32(0)
         if quantizes:
-            quantize(x, norm, eps, memory, codes, scales, sums, stride)
+            quantize(x, norm, values, eps, memory)
         else:
             fetch(memory, codes, scales, stride, first_token, all_tokens - 1)
         cuda.syncthreads()
@@ -299,12 +308,16 @@ def _gemv(width: int, group: int, planes: int, tokens: int, split: int, source: 
                     up += bias[pairs + at]
             if first_token + t < all_tokens:
                 target = int64(first_token + t) * rows + at
-                if address(residual) != 0:
+                if tokens == 1 and i < THREADS:
+                    value += early
+                elif address(residual) != 0:
                     value += residual[target]
                 y[target] = value
                 if gated:
                     y[target + pairs] = up
                     hidden[at] = value / (float32(1) + math.exp(-value)) * up
+        if quantizes and cuda.blockIdx.x == 0:
+            publish(memory, codes, scales, sums, stride)
 
     return gemv
 

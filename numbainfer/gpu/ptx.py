@@ -226,6 +226,16 @@ def half_to_float(bits):
     """float16 (its bits) to float32: exact."""
 
 
+@instruction(
+    "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
+    _f32x2,
+    i32,
+    effects=False,
+)
+def halves_to_floats(bits):
+    """Two float16 (low, high) to float32: exact."""
+
+
 @instruction("cvt.rn.f16.f32 $0, $1;", u16, f32, effects=False)
 def float_to_half(value):
     """float32 to float16's bits, to nearest even; infinite from 65520 on."""

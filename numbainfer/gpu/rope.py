@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numba import cuda
 from numpy import float32
 
 from numbainfer.gpu.compile import device_function, family, kernel
-from numbainfer.gpu.launch import Stream
+from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import advance, float_to_half, wait_for_previous_kernel
 from numbainfer.gpu.reduce import block_sum
@@ -105,6 +106,36 @@ def _rope_and_store(dtype: str):
     return rope_and_store
 
 
+@dataclass
+class HeldRope(Held):
+    """rope_and_store of one token, not launched yet: the attention that follows may do it on the way."""
+
+    stream: Stream
+    qkv: DeviceArray
+    heads: int
+    q_norm: DeviceArray | None
+    k_norm: DeviceArray | None
+    eps: float
+    positions: DeviceArray
+    sequences: DeviceArray
+    cos: DeviceArray | None
+    sin: DeviceArray | None
+    k_pages: DeviceArray
+    v_pages: DeviceArray
+    page_table: DeviceArray
+
+    def launch(self) -> None:
+        """rope_and_store by itself."""
+        _, kv_heads, _, head_dim = self.k_pages.shape
+        half = 0 if self.cos is None else self.cos.shape[1]
+        self.stream.launch(
+            _rope_and_store(str(self.k_pages.dtype)),
+            *((self.qkv.shape[0], self.heads + 2 * kv_heads), self.qkv, self.heads, kv_heads, head_dim),
+            *(self.q_norm, self.k_norm, int(self.q_norm is not None), self.eps, self.positions, self.sequences),
+            *(self.cos, self.sin, half, self.k_pages, self.v_pages, self.page_table, self.page_table.shape[1]),
+        )
+
+
 def rope_and_store(
     stream: Stream,
     qkv: DeviceArray,
@@ -120,19 +151,20 @@ def rope_and_store(
     v_pages: DeviceArray,
     page_table: DeviceArray,
 ) -> None:
-    """See registry.rope_and_store."""
-    kv_heads, head_dim = check_pages(qkv, heads, k_pages, v_pages)
+    """See registry.rope_and_store. Of one token, attention may do it: it then leaves q as it was."""
+    _, head_dim = check_pages(qkv, heads, k_pages, v_pages)
     if (q_norm is None) != (k_norm is None):
         raise ValueError("rope_and_store: q_norm and k_norm come together")
     half = 0 if cos is None else cos.shape[1]
     if 2 * half > head_dim:
         raise ValueError(f"rope_and_store: heads of {head_dim}, tables of {half} pairs")
-    stream.launch(
-        _rope_and_store(str(k_pages.dtype)),
-        *((qkv.shape[0], heads + 2 * kv_heads), qkv, heads, kv_heads, head_dim, q_norm, k_norm),
-        *(int(q_norm is not None), eps, positions, sequences, cos, sin, half),
-        *(k_pages, v_pages, page_table, page_table.shape[1]),
+    held = HeldRope(
+        *(stream, qkv, heads, q_norm, k_norm, eps, positions, sequences, cos, sin, k_pages, v_pages, page_table)
     )
+    if qkv.shape[0] == 1:
+        stream.hold(held)
+    else:
+        held.launch()
 
 
 def check_pages(qkv: DeviceArray, heads: int, k_pages: DeviceArray, v_pages: DeviceArray) -> tuple[int, int]:
