@@ -23,6 +23,8 @@ from numbainfer.registry import Operators
 from numbainfer.specs import layer_specs
 
 CHUNK = 512  # the most tokens of a step: prompts are taken in chunks of this
+AHEAD = 4  # steps that greedy decoding may be ahead of who reads its tokens
+GREEDY = -1  # in place of a number of rows: a step that also chooses its tokens and goes on to the next position
 _KEPT_PROGRAMS = 16
 
 
@@ -122,7 +124,8 @@ class Model:
         self.cache = KVCache(ops.pool, config, ctx_size, dtype=dtype, sequences=sequences)
         tables = rope_tables(config, np.arange(ctx_size))  # [positions, r / 2] float32
         self.cos, self.sin = (weights.array(table) for table in tables)
-        self._programs: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._programs: OrderedDict[tuple[int, int], Any] = OrderedDict()  # by (T, rows of logits or GREEDY)
+        self._chosen: dict[int, np.ndarray] = {}  # by B: the latest tokens of greedy decoding, by position
         self._allocate()
 
     def _allocate(self) -> None:
@@ -181,6 +184,43 @@ class Model:
             self._program(T, rows).run()
         return self.ops.download(self._logits[:rows]) if rows else None
 
+    def greedy(self, tokens: Sequence[int], sequences: Sequence[KVSequence], count: int) -> Iterator[list[int]]:
+        """Greedy decoding of several sequences at once: appends a token to each and yields the ones that follow, then
+        appends these, `count` times in all.
+
+        The device goes on by itself: it is up to AHEAD steps further than what was yielded. Closing the iterator
+        cuts the sequences back to what was yielded and appended.
+        """
+        B, ops = len(tokens), self.ops
+        self._tokens[:B] = tokens
+        self._positions[:B] = [len(sequence) for sequence in sequences]
+        self._sequences[:B] = [sequence.row for sequence in sequences]
+        lengths = [len(sequence) for sequence in sequences]
+        known, running = list(tokens), deque[Callable[[], None]]()
+        done = launched = 0
+        try:
+            while done < count:
+                while launched < min(count, done + AHEAD):
+                    positions = [length + launched for length in lengths]
+                    if self.config.rope_scaling.kind == "dynamic":
+                        self._set_rope_rows(np.asarray(positions), 0)
+                    for sequence in sequences:
+                        self.cache.append(sequence, [0])  # what it is becomes known later
+                    self._program(B, GREEDY).run()
+                    running.append(ops.backend.mark(ops.stream))
+                    launched += 1
+                running.popleft()()
+                for i, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+                    sequence.tokens[length + done] = known[i]
+                    known[i] = int(self._chosen[B][(length + done + 1) % (2 * AHEAD), i])
+                done += 1
+                yield list(known)
+        finally:
+            for sequence, length in zip(sequences, lengths, strict=True):
+                self.cache.truncate(sequence, length + done)
+            while running:  # the device still writes to pages that were given back
+                running.popleft()()
+
     def _set_rope_rows(self, positions: np.ndarray, length: int) -> None:
         """Rewrites the tables at these positions, for RoPE that depends on the length."""
         for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):  # that follow each other
@@ -209,7 +249,10 @@ class Model:
         program = self._programs.get((T, rows))
         if program is None:
             with self.ops.stream.capture() as program:
-                self._walk(T, rows)
+                self._walk(T, T if rows == GREEDY else rows)
+                if rows == GREEDY:
+                    history, self._chosen[T] = self.ops.backend.shared_array(self.ops.stream, (2 * AHEAD, T), np.int32)
+                    self.ops.greedy(self._logits[:T], self._tokens[:T], self._positions[:T], history)
             self._programs[T, rows] = program
             if len(self._programs) > _KEPT_PROGRAMS:
                 self._programs.popitem(last=False)

@@ -163,6 +163,15 @@ def argmax(stream: Any, x: Any, out: Any) -> None:
 
 
 @operator
+def greedy(stream: Any, logits: Any, tokens: Any, positions: Any, history: Any) -> None:
+    """What one greedy step leaves to the next: tokens[t] = argmax of logits[t], positions[t] += 1.
+
+    logits [T, N]; tokens, positions [T] int32. history [S, T] int32, which the host reads:
+    history[positions[t] % S, t] = tokens[t], with the position after it was counted up.
+    """
+
+
+@operator
 def top_k(stream: Any, x: Any, values: Any, indices: Any) -> None:
     """The k largest of each row in descending order, the lower index first among equals.
 
@@ -226,6 +235,8 @@ MIXTURE = ("route", "group_by_expert", "linear_experts", "combine")
 #   open_allocator(device) -> a memory.Allocator
 #   upload(pool, array) -> a NumPy array's values on the device: the array itself where that is possible
 #   download(stream, array) -> a device's array as a NumPy array, which lives until the next download
+#   shared_array(stream, shape, dtype) -> (the device's array, the same memory as a NumPy array)
+#   mark(stream) -> a function that waits until what was launched so far is done
 #   device_name(device) -> what the device calls itself
 #   activation_planes(tokens) -> the form of QuantizedRows that its int8 `linear` wants for a step of so many tokens
 #   BandwidthProbe(stream) -> .measure() gives the memory read bandwidth in bytes/s

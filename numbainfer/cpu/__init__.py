@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from numbainfer.cpu.attention import attention
@@ -12,7 +15,7 @@ from numbainfer.cpu.launch import Stream
 from numbainfer.cpu.linear_float import linear
 from numbainfer.cpu.quantize import quantize, quantize_matrix
 from numbainfer.cpu.rope import rope, rope_and_store
-from numbainfer.cpu.select import argmax, top_k
+from numbainfer.cpu.select import argmax, greedy, top_k
 from numbainfer.device import Device, cpu_name, physical_cores
 from numbainfer.errors import NumbaInferError
 from numbainfer.memory import Allocator, HostAllocator, MemoryPool
@@ -31,9 +34,11 @@ __all__ = [
     "device_name",
     "download",
     "embedding",
+    "greedy",
     "group_by_expert",
     "linear",
     "linear_experts",
+    "mark",
     "open_allocator",
     "open_stream",
     "quantize",
@@ -42,6 +47,7 @@ __all__ = [
     "rope",
     "rope_and_store",
     "route",
+    "shared_array",
     "softmax",
     "swiglu",
     "top_k",
@@ -67,6 +73,17 @@ def upload(pool: MemoryPool, array: np.ndarray) -> np.ndarray:
 def download(stream: Stream, array: np.ndarray) -> np.ndarray:
     """The array itself."""
     return array
+
+
+def shared_array(stream: Stream, shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """One array, twice."""
+    array = np.zeros(shape, dtype)
+    return array, array
+
+
+def mark(stream: Stream) -> Callable[[], None]:
+    """Launches are done when they return: nothing to wait for."""
+    return lambda: None
 
 
 def device_name(device: Device) -> str:

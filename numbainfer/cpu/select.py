@@ -28,6 +28,22 @@ def argmax(stream: Stream, x: np.ndarray, out: np.ndarray) -> None:
     stream.launch(_argmax, x.shape[0], x, x.shape[1], out)
 
 
+@kernel
+def _feed_back(task, worker, tokens, positions, history, slots, count):
+    positions[task] += int32(1)
+    history[positions[task] % slots * count + task] = tokens[task]
+
+
+def greedy(
+    stream: Stream, logits: np.ndarray, tokens: np.ndarray, positions: np.ndarray, history: np.ndarray
+) -> None:
+    """See registry.greedy."""
+    if history.shape[1:] != tokens.shape or positions.shape != tokens.shape:
+        raise ValueError(f"greedy: tokens {tokens.shape}, positions {positions.shape}, history {history.shape}")
+    argmax(stream, logits, tokens)
+    stream.launch(_feed_back, len(tokens), tokens, positions, history, len(history), len(tokens))
+
+
 @njit
 def _comes_first(value, index, other, other_index):
     return value > other or (value == other and index < other_index)

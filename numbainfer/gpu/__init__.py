@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from numbainfer.gpu.linear_float import linear
 from numbainfer.gpu.memory import DeviceAllocator, DeviceArray
 from numbainfer.gpu.quantize import quantize, quantize_matrix
 from numbainfer.gpu.rope import rope, rope_and_store
-from numbainfer.gpu.select import argmax, top_k
+from numbainfer.gpu.select import argmax, greedy, top_k
 from numbainfer.memory import Allocator, MemoryPool
 
 __all__ = [
@@ -30,9 +32,11 @@ __all__ = [
     "device_name",
     "download",
     "embedding",
+    "greedy",
     "group_by_expert",
     "linear",
     "linear_experts",
+    "mark",
     "open_allocator",
     "open_stream",
     "quantize",
@@ -41,6 +45,7 @@ __all__ = [
     "rope",
     "rope_and_store",
     "route",
+    "shared_array",
     "softmax",
     "swiglu",
     "top_k",
@@ -68,6 +73,16 @@ def upload(pool: MemoryPool, array: np.ndarray) -> DeviceArray:
 def download(stream: Stream, array: DeviceArray) -> np.ndarray:
     """A copy in page-locked memory."""
     return stream.download(array)
+
+
+def shared_array(stream: Stream, shape: tuple[int, ...], dtype: Any) -> tuple[DeviceArray, np.ndarray]:
+    """Page-locked host memory, which kernels write through its address."""
+    return stream.shared_array(shape, dtype)
+
+
+def mark(stream: Stream) -> Callable[[], None]:
+    """Waits on an event."""
+    return stream.mark()
 
 
 def device_name(device: Device) -> str:

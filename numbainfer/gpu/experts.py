@@ -147,8 +147,8 @@ def _experts_float(dtype: str):
     return experts_float
 
 
-@kernel("i8p u16p i32p i32 f32p i32 i32 i32p i32p f32p i32 i32", threads=32 * WARPS)
-def _experts_int8(w, ws, codes, stride, scales, planes, group, starts, tokens, y, rows, width):
+@kernel("i8p u16p i32p i32 f32p i32 i32p i32p f32p i32 i32", threads=32 * WARPS)
+def _experts_int8(w, ws, codes, stride, scales, group, starts, tokens, y, rows, width):
     wait_for_previous_kernel()
     place, lane = cuda.blockIdx.y, cuda.threadIdx.x % 32
     row = cuda.blockIdx.x * WARPS + cuda.threadIdx.x // 32
@@ -163,9 +163,8 @@ def _experts_int8(w, ws, codes, stride, scales, planes, group, starts, tokens, y
         a, b, c, d = load_weights(w_row + 16 * piece)
         e, f, h, k = load_i32x4(x + 16 * piece)
         dot = dp4a(d, k, dp4a(c, h, dp4a(b, f, dp4a(a, e, int32(0)))))
-        if planes == 2:
-            e, f, h, k = load_i32x4(x + stride // 2 + 16 * piece)
-            dot = dp4a(d, k, dp4a(c, h, dp4a(b, f, dp4a(a, e, dot << int32(8)))))
+        e, f, h, k = load_i32x4(x + stride // 2 + 16 * piece)
+        dot = dp4a(d, k, dp4a(c, h, dp4a(b, f, dp4a(a, e, dot << int32(8)))))
         g = 16 * piece // group
         total += float32(dot) * (half_to_float(load_constant_u16(ws_row + 2 * g)) * xs[g])
     total = warp_sum(total)
@@ -197,7 +196,7 @@ def linear_experts(
     check_rows(x, x.tokens, width)
     if x.group != weight.group:
         raise ValueError(f"linear_experts: x {x.shape} of group {x.group}, weight of group {weight.group}")
-    arrays = (weight.codes, weight.scales, x.codes, x.stride, x.scales, x.planes, x.group)
+    arrays = (weight.codes, weight.scales, x.codes, x.stride, x.scales, x.group)
     stream.launch(_experts_int8, grid, *arrays, starts, tokens, out, rows, width)
 
 

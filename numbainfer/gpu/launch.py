@@ -15,7 +15,7 @@ import struct
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,7 +79,8 @@ class Stream:
         self._shared: dict[Kernel, int] = {}
         self._capturing: Program | None = None
         self._held: Held | None = None
-        self._landing: PinnedArray | None = None
+        self._landings: weakref.WeakKeyDictionary[Any, PinnedArray] = weakref.WeakKeyDictionary()
+        self._events: list[Any] = []  # that nobody waits for
         self._scratch: dict[str, DeviceArray] = {}
 
     @property
@@ -176,12 +177,35 @@ class Stream:
         program.finish(check(self.driver.cuStreamEndCapture(self.handle)))
 
     def download(self, array: DeviceArray) -> np.ndarray:
-        """A device's array in page-locked memory, after all that was queued; it lives until the next download."""
-        if self._landing is None or self._landing.values.nbytes < array.nbytes:
-            self._landing = PinnedArray(array.nbytes, np.uint8)
-        self.copier.to_pinned(array, self._landing)
+        """A device's array in page-locked memory, after all that was queued; it lives until the next download from
+        the same memory."""
+        landing = self._landings.get(array.block)
+        if landing is None or landing.values.nbytes < array.nbytes:
+            landing = self._landings[array.block] = PinnedArray(array.nbytes, np.uint8)
+        self.copier.to_pinned(array, landing)
         self.synchronize()
-        return self._landing.values[: array.nbytes].view(array.dtype).reshape(array.shape)
+        return landing.values[: array.nbytes].view(array.dtype).reshape(array.shape)
+
+    def shared_array(self, shape: tuple[int, ...], dtype: Any) -> tuple[DeviceArray, np.ndarray]:
+        """Page-locked host memory as kernels see it, and as the host does."""
+        pinned = PinnedArray(shape, dtype)
+        pinned.values[...] = 0
+        return DeviceArray(pinned, pinned.pointer, shape, np.dtype(dtype), self.copier), pinned.values
+
+    def mark(self) -> Callable[[], None]:
+        """A function that waits until all that was queued so far is done."""
+        self.flush()
+        if not self._events:
+            flags = self.driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+            self._events.append(check(self.driver.cuEventCreate(flags)))
+        event = self._events.pop()
+        check(self.driver.cuEventRecord(event, self.handle))
+
+        def wait() -> None:
+            check(self.driver.cuEventSynchronize(event))
+            self._events.append(event)
+
+        return wait
 
     def scratch(self, name: str, shape: int | tuple[int, ...], dtype: Any = np.float32) -> DeviceArray:
         """Uninitialised memory between the launches of one operator, kept under `name`; the next call of that name may

@@ -44,7 +44,7 @@ from numbainfer.gpu.ptx import (
     shared_u16,
     wait_for_previous_kernel,
 )
-from numbainfer.gpu.quantize import TINY, HeldRows, check_rows, high_byte, low_byte
+from numbainfer.gpu.quantize import TINY, TOP, HeldRows, check_rows, high_byte, low_byte
 from numbainfer.gpu.reduce import block_sum, warp_sum
 from numbainfer.quantization import QuantizedMatrix, QuantizedRows
 
@@ -61,7 +61,6 @@ class Plan:
 
     width: int
     group: int
-    planes: int
     tokens: int
     split: int
 
@@ -91,7 +90,7 @@ class Plan:
 
     @property
     def scales(self) -> int:
-        return self.codes + self.tokens * self.planes * self.width
+        return self.codes + self.tokens * 2 * self.width
 
     @property
     def sums(self) -> int:
@@ -111,25 +110,24 @@ def choose_split(rows: int, width: int, blocks: int) -> int:
 
 
 @family(
-    (2048, 64, 2, 1, 1, "norm", True),
-    (2048, 64, 2, 1, 1, "norm", False),
-    (8192, 64, 2, 1, 2, "plain", False),
-    (14336, 64, 2, 1, 1, "plain", False),
-    (4864, 64, 2, 1, 4, "plain", False),
-    (896, 128, 1, 1, 1, "norm", True),
-    (96, 32, 1, 1, 1, "plain", False),
-    (896, 64, 2, 4, 1, "rows", False),
-    (384, 128, 1, 2, 1, "rows", False),
+    (2048, 64, 1, 1, "norm", True),
+    (2048, 64, 1, 1, "norm", False),
+    (8192, 64, 1, 2, "plain", False),
+    (14336, 64, 1, 1, "plain", False),
+    (4864, 64, 1, 4, "plain", False),
+    (896, 128, 1, 1, "norm", True),
+    (96, 32, 1, 1, "plain", False),
+    (896, 64, 4, 1, "rows", False),
+    (384, 128, 2, 1, "rows", False),
 )
-def _gemv(width: int, group: int, planes: int, tokens: int, split: int, source: str, gated: bool):
-    plan = Plan(width, group, planes, tokens, split)
+def _gemv(width: int, group: int, tokens: int, split: int, source: str, gated: bool):
+    plan = Plan(width, group, tokens, split)
     pieces, part, copies, units, stages = width // PIECE, plan.part, plan.copies, plan.units, plan.stages
     groups, halves = width // group, 2 if gated else 1
     at_scales, at_codes, at_xs, at_sums = plan.ring_scales, plan.codes, plan.scales, plan.sums
     quads = -(-width // 4 // THREADS)  # of one token's activations, for a thread
     per_thread = 4 * quads
     lanes = group // 4  # threads that quantize a group
-    top = float32(127 if planes == 1 else 127 * 256)
     normed, quantizes = source == "norm", source != "rows"
     wait_for_unit = copy_async_wait(stages - 1)
 
@@ -176,32 +174,29 @@ def _gemv(width: int, group: int, planes: int, tokens: int, split: int, source: 
             while step:
                 largest = max(largest, cuda.shfl_xor_sync(0xFFFFFFFF, largest, step))
                 step //= 2
-            inverse = top / largest if largest > TINY else float32(0)
+            inverse = TOP / largest if largest > TINY else float32(0)
             high_word, low_word = int32(0), int32(0)
             for b in range(4):
                 q = round_to_int(v[4 * j + b] * inverse)
-                high, low = q, int32(0)
-                if planes == 2:
-                    high = high_byte(q)
-                    low = low_byte(q, high)
+                high = high_byte(q)
+                low = low_byte(q, high)
                 high_word |= (high & int32(255)) << int32(8 * b)
                 low_word |= (low & int32(255)) << int32(8 * b)
             if quad < width // 4:
                 shared_store_i32(memory + at_codes + 4 * quad, high_word)
-                if planes == 2:
-                    shared_store_i32(memory + at_codes + width + 4 * quad, low_word)
+                shared_store_i32(memory + at_codes + width + 4 * quad, low_word)
                 if quad % lanes == 0:
-                    shared_store_f32(memory + at_xs + 4 * (quad // lanes), largest / top)
+                    shared_store_f32(memory + at_xs + 4 * (quad // lanes), largest / TOP)
 
     @device_function
     def publish(memory, codes, scales, sums, stride):
         """What stands in shared memory to global memory, for who else reads these activations."""
         for quad in range(cuda.threadIdx.x, width // 4, THREADS):
-            for plane in range(planes):
-                codes[(plane * stride // planes) // 4 + quad] = shared_i32(memory + at_codes + plane * width + 4 * quad)
+            for plane in range(2):
+                codes[plane * (stride // 8) + quad] = shared_i32(memory + at_codes + plane * width + 4 * quad)
         for g in range(cuda.threadIdx.x, groups, THREADS):
             total = int32(0)
-            for plane in range(planes):
+            for plane in range(2):
                 total <<= int32(8)
                 for i in range(lanes):
                     at = memory + at_codes + plane * width + g * group + 4 * i
@@ -213,10 +208,10 @@ def _gemv(width: int, group: int, planes: int, tokens: int, split: int, source: 
         """Quantized activations of several tokens to shared memory; a token past the last repeats it."""
         for t in range(tokens):
             token = int64(min(first + t, last))
-            for plane in range(planes):
+            for plane in range(2):
                 for i in range(cuda.threadIdx.x, pieces, THREADS):
-                    a, b, c, d = load_i32x4(address(codes) + token * stride + plane * (stride // planes) + PIECE * i)
-                    shared_store_i32x4(memory + at_codes + (t * planes + plane) * width + PIECE * i, a, b, c, d)
+                    a, b, c, d = load_i32x4(address(codes) + token * stride + plane * (stride // 2) + PIECE * i)
+                    shared_store_i32x4(memory + at_codes + (2 * t + plane) * width + PIECE * i, a, b, c, d)
             for g in range(cuda.threadIdx.x, groups, THREADS):
                 shared_store_f32(memory + at_xs + 4 * (t * groups + g), scales[token * groups + g])
 
@@ -277,12 +272,11 @@ def _gemv(width: int, group: int, planes: int, tokens: int, split: int, source: 
                         odd = (row * groups + g) & 1  # two scales were copied
                         scale = half_to_float(shared_u16(memory + at_scales + slot * 4 + 2 * odd))
                         for t in range(tokens):
-                            at = memory + at_codes + t * planes * width + piece * PIECE
+                            at = memory + at_codes + 2 * t * width + piece * PIECE
                             e, f, h, k = shared_i32x4(at)
                             dot = dp4a(d, k, dp4a(c, h, dp4a(b, f, dp4a(a, e, int32(0)))))
-                            if planes == 2:
-                                e, f, h, k = shared_i32x4(at + width)
-                                dot = dp4a(d, k, dp4a(c, h, dp4a(b, f, dp4a(a, e, dot << int32(8)))))
+                            e, f, h, k = shared_i32x4(at + width)
+                            dot = dp4a(d, k, dp4a(c, h, dp4a(b, f, dp4a(a, e, dot << int32(8)))))
                             acc[t] += float32(dot) * (scale * shared_f32(memory + at_xs + 4 * (t * groups + g)))
                 ask(w_start, ws_start, memory, asked_item, asked_unit, stage, first, count, pairs)
                 asked_unit += 1
@@ -379,7 +373,7 @@ def launch(
     blocks = min(stream.gpu.multiprocessors, pairs)
     together = min(tokens, MOST_TOKENS)
     split = choose_split(rows, width, blocks)
-    plan = Plan(width, weight.group, x.planes, together, split)
+    plan = Plan(width, weight.group, together, split)
     kernel: Kernel = _gemv(*plan.__dict__.values(), "rows" if source is None else source.kind, gated)
     items = -(-pairs // blocks) * split * (2 if gated else 1)
     values = (None, None, 0.0) if source is None else (source.x, source.weight, source.eps)

@@ -43,7 +43,7 @@ class DeviceArray:
     array[a:b], array[i], reshape: views. array[...] = host values: a copy to the device, in the stream's order.
     """
 
-    def __init__(self, block: Block, pointer: int, shape: tuple[int, ...], dtype: np.dtype, copier: Copier) -> None:
+    def __init__(self, block: Any, pointer: int, shape: tuple[int, ...], dtype: np.dtype, copier: Copier) -> None:
         self.block, self.pointer, self.shape, self.dtype, self._copier = block, pointer, shape, dtype, copier
 
     @property

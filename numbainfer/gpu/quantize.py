@@ -27,6 +27,7 @@ from numbainfer.gpu.reduce import block_sum, element, warp_max, warp_sum
 from numbainfer.quantization import QuantizedMatrix, QuantizedRows
 
 THREADS = 256
+TOP = float32(127 * 256)  # the largest code: of two planes, the only form here
 TINY = float32(1e-33)  # groups whose values are all below count as zeros: top / m has to stay finite
 
 
@@ -57,12 +58,11 @@ def _gated(x, weight, width, factor, i):
     return x[i] / (float32(1) + math.exp(-x[i])) * x[width + i]
 
 
-@family(*((kind, planes) for kind in ("plain", "norm", "swiglu") for planes in (1, 2)))
-def _quantize_rows(kind: str, planes: int):
+@family(("plain",), ("norm",), ("swiglu",))
+def _quantize_rows(kind: str):
     value = {"plain": _plain, "norm": _normed, "swiglu": _gated}[kind]
     normed = kind == "norm"
     columns = 2 if kind == "swiglu" else 1  # of x, for one of the result
-    top = float32(127 if planes == 1 else 127 * 256)
 
     @kernel("f32p f32p i32 f32 i32 i8p i32 f32p i32p", threads=THREADS)
     def quantize_rows(x, weight, width, eps, group, codes, stride, scales, sums):
@@ -86,24 +86,20 @@ def _quantize_rows(kind: str, planes: int):
                 values[j] = value(x, weight, width, factor, g * group + i) if i < group else float32(0)
                 largest = max(largest, abs(values[j]))
             largest = warp_max(largest)
-            inverse = top / largest if largest > TINY else float32(0)
+            inverse = TOP / largest if largest > TINY else float32(0)
             total = int32(0)
             for j in range(4):
                 i = lane + 32 * j
                 if i < group:
                     q = round_to_int(values[j] * inverse)
-                    if planes == 2:
-                        high = high_byte(q)
-                        low = low_byte(q, high)
-                        codes[g * group + i] = int8(high)
-                        codes[stride // 2 + g * group + i] = int8(low)
-                        q = (high << int32(8)) + low
-                    else:
-                        codes[g * group + i] = int8(q)
-                    total += q
+                    high = high_byte(q)
+                    low = low_byte(q, high)
+                    codes[g * group + i] = int8(high)
+                    codes[stride // 2 + g * group + i] = int8(low)
+                    total += (high << int32(8)) + low
             total = warp_sum(total)
             if lane == 0:
-                scales[row * groups + g] = largest / top
+                scales[row * groups + g] = largest / TOP
                 sums[row * groups + g] = total
 
     return quantize_rows
@@ -142,7 +138,7 @@ def _launch(
     tokens, width = out.shape
     parts = 1 if kind == "norm" else max(1, width // out.group // 16)
     arrays = (x, weight, width, eps, out.group, out.codes, out.stride, out.scales, out.sums)
-    stream.launch(_quantize_rows(kind, out.planes), (tokens, parts), *arrays)
+    stream.launch(_quantize_rows(kind), (tokens, parts), *arrays)
 
 
 def quantize(stream: Stream, x: DeviceArray, out: QuantizedRows) -> None:
@@ -155,6 +151,8 @@ def check_rows(rows: QuantizedRows, tokens: int, width: int) -> None:
     """The shapes that kernels rely on."""
     if rows.shape != (tokens, width) or rows.codes.shape[0] < tokens or width % rows.group or rows.group % 32:
         raise ValueError(f"QuantizedRows {rows.shape} of group {rows.group} can't hold [{tokens}, {width}]")
+    if rows.planes != 2:
+        raise ValueError("QuantizedRows: on the GPU they have two planes")
 
 
 @family(("float32",), ("float16",), ("uint16",))

@@ -66,8 +66,8 @@ def block_largest(key, partial):
     return key
 
 
-@kernel("f32p i32 i64p i32p i32p", threads=THREADS)
-def _argmax(x, width, keys, counters, out):
+@kernel("f32p i32 i64p i32p i32p i32p i32p i32", threads=THREADS)
+def _argmax(x, width, keys, counters, out, positions, history, slots):
     # Blocks of a row leave their largest key; the last to finish compares these.
     wait_for_previous_kernel()
     let_next_kernel_start()
@@ -88,16 +88,36 @@ def _argmax(x, width, keys, counters, out):
         if cuda.threadIdx.x == 0:
             counters[token] = int32(0)
             out[token] = key_index(best)
+            if address(positions) != 0:
+                position = positions[token] + int32(1)
+                positions[token] = position
+                history[position % slots * cuda.gridDim.x + token] = key_index(best)
 
 
 def argmax(stream: Stream, x: DeviceArray, out: DeviceArray) -> None:
     """See registry.argmax."""
+    _choose(stream, x, out, None, None)
+
+
+def greedy(
+    stream: Stream, logits: DeviceArray, tokens: DeviceArray, positions: DeviceArray, history: DeviceArray
+) -> None:
+    """See registry.greedy."""
+    if history.shape[1:] != tokens.shape or positions.shape != tokens.shape:
+        raise ValueError(f"greedy: tokens {tokens.shape}, positions {positions.shape}, history {history.shape}")
+    _choose(stream, logits, tokens, positions, history)
+
+
+def _choose(
+    stream: Stream, x: DeviceArray, out: DeviceArray, positions: DeviceArray | None, history: DeviceArray | None
+) -> None:
     tokens, width = x.shape
     if out.shape != (tokens,) or width == 0:
         raise ValueError(f"argmax: x {x.shape}, out {out.shape}")
     parts = min(64, -(-width // (4 * THREADS)))  # of a row, each for a block
     keys = stream.scratch("argmax", (tokens, parts), np.int64)
-    stream.launch(_argmax, (tokens, parts), x, width, keys, stream.counters(tokens), out)
+    arrays = (x, width, keys, stream.counters(tokens), out, positions, history, 0 if history is None else len(history))
+    stream.launch(_argmax, (tokens, parts), *arrays)
 
 
 @kernel("f32p i32 i32 i64p i32p", threads=1024)
