@@ -127,8 +127,7 @@ class Bench:
         if test.kind == "pp":
             self.feeder.feed(test.count).argmax(axis=-1)
         else:
-            for _ in range(test.count):
-                self.feeder.step(test.batch).argmax(axis=-1)
+            self.feeder.generate(test.count, test.batch)
         return time.perf_counter() - start
 
     def _row(self, test: Test, seconds: list[float], ceiling: float, peak: int) -> dict[str, Any]:
@@ -197,6 +196,11 @@ class Feeder:
         logits = self._model.step(tokens, positions, [s.row for s in sequences], "all" if batch > 1 else "last")
         assert logits is not None
         return logits
+
+    def generate(self, count: int, batch: int = 1) -> None:
+        """Appends `count` tokens to each of the first `batch` sequences: a random one, and what greedily follows."""
+        for _ in self._model.greedy(self._tokens(batch), self._sequences[:batch], count):
+            pass
 
     def _tokens(self, count: int) -> list[int]:
         return self._random.integers(0, self._model.config.vocab_size, count).tolist()

@@ -96,7 +96,8 @@ class Engine:
                     active.append(reply)
                 if not active:
                     raise NumbaInferError("all sequences of the KV cache are in use: end another reply first")
-                for reply, piece in self._advance(active):
+                greedy = self.model.runs_ahead and not self.speculate and all(r.decodes_greedily for r in active)
+                for reply, piece in self._decode(active) if greedy else self._advance(active):
                     if piece:
                         yield reply, piece
                 for reply in [reply for reply in active if reply.done]:
@@ -126,6 +127,17 @@ class Engine:
         assert reply.sequence is not None
         self._idle.append(reply.sequence)
         reply.sequence = None
+
+    def _decode(self, active: list[Reply]) -> Iterator[tuple[Reply, str]]:
+        """Greedy decoding, which the device does by itself, until one of the replies ends."""
+        sequences = [reply.sequence for reply in active if reply.sequence is not None]
+        count = min(reply.left for reply in active)
+        with closing(self.model.greedy([reply.pending[0] for reply in active], sequences, count)) as steps:
+            for tokens in steps:
+                for reply, token in zip(active, tokens, strict=True):
+                    yield reply, reply.accept(token)
+                if any(reply.done for reply in active):
+                    return
 
     def _advance(self, active: list[Reply]) -> Iterator[tuple[Reply, str]]:
         """One step for all: a token of each reply that decodes, and as much of the prompts as a step has room for."""

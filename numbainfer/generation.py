@@ -143,10 +143,25 @@ class Reply:
         self.pending, self.drafts = [token], 0
         return text, used
 
+    @property
+    def decodes_greedily(self) -> bool:
+        """Whether its next tokens are those with the largest logits, one after another."""
+        begun = self._first > 0 and len(self.pending) == 1
+        return begun and self.params.plain and self._constraint is None and self.left > 0
+
+    def accept(self, token: int) -> str:
+        """Goes on with a token that was chosen elsewhere, instead of `take`; returns the text that is new."""
+        self.pending = [token]
+        return self._append(token, None)
+
     def _next(self, logits: np.ndarray) -> tuple[int, str]:
-        generation, statistics = self.generation, self.generation.statistics
-        before = logits.copy() if self.params.logprobs is not None else logits
+        before = logits.copy() if self.params.logprobs is not None else None
         token = self._sampler(logits)
+        return token, self._append(token, before)
+
+    def _append(self, token: int, logits: np.ndarray | None) -> str:
+        """The text that a chosen token adds. logits: that it was chosen from, where log-probabilities are wanted."""
+        generation, statistics = self.generation, self.generation.statistics
         now = time.perf_counter()
         if self._first == 0:
             self._first = now
@@ -154,10 +169,10 @@ class Reply:
         statistics.decode_seconds = now - self._first
         statistics.tokens += 1
         if token in self._eos_ids:
-            return token, self._end("stop")
+            return self._end("stop")
         generation.tokens.append(token)
-        if self.params.logprobs is not None:
-            generation.logprobs.append(token_logprob(before, token, self.params.logprobs))
+        if logits is not None and self.params.logprobs is not None:
+            generation.logprobs.append(token_logprob(logits, token, self.params.logprobs))
         piece = self._gate.push(self._decoder.push(token))
         generation.text += piece
         if self._gate.stopped:
@@ -167,7 +182,7 @@ class Reply:
         elif self.left == 0:
             generation.context_full = self.limit < self.params.max_tokens
             piece += self._end("length")
-        return token, piece
+        return piece
 
     def _end(self, reason: str) -> str:
         """Ends it; returns the text that was held back."""

@@ -6,8 +6,8 @@ of each of several. The walk is captured once per T as a program, and replayed f
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,7 @@ class Model:
         self.config = config = weights.config
         self.chunk = min(chunk, max(ctx_size, sequences))  # a token of each sequence fits too
         self.eager = eager
+        self.runs_ahead: bool = ops.backend.RUNS_AHEAD  # `greedy` is faster than steps one by one
         weights = self._weights = UploadedWeights(ops, weights)
         self.layers = list(_layers(weights))
         self.embedding = weights.matrix(["model.embed_tokens.weight"])
@@ -184,7 +185,9 @@ class Model:
             self._program(T, rows).run()
         return self.ops.download(self._logits[:rows]) if rows else None
 
-    def greedy(self, tokens: Sequence[int], sequences: Sequence[KVSequence], count: int) -> Iterator[list[int]]:
+    def greedy(
+        self, tokens: Sequence[int], sequences: Sequence[KVSequence], count: int
+    ) -> Generator[list[int], None, None]:
         """Greedy decoding of several sequences at once: appends a token to each and yields the ones that follow, then
         appends these, `count` times in all.
 

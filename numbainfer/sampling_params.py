@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from numbainfer.errors import NumbaInferError
@@ -59,6 +59,16 @@ class SamplingParams:
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is the one with the largest logit, and nothing else is asked of the logits."""
+        return self == replace(
+            SamplingParams(),
+            **{name: getattr(self, name) for name in ("top_k", "top_p", "min_p", "typical_p", "mirostat_eta", "seed")},
+            max_tokens=self.max_tokens,
+            stop=self.stop,
+        )
 
     def __post_init__(self) -> None:
         def require(name: str, holds: bool, what: str) -> None:

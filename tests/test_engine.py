@@ -20,10 +20,12 @@ CTX = 128
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play"  # how the model begins greedily
 
 
-@pytest.fixture
-def engine(ops: Operators) -> Engine:
+@pytest.fixture(params=[False, True], ids=["step_by_step", "running_ahead"])
+def engine(ops: Operators, request: pytest.FixtureRequest) -> Engine:
     # float32: int8 rounds differently where a prompt is prefilled in other pieces (test_model.py)
-    return build_engine(ops, stories260k(), ctx_size=CTX, eos_ids=(2,))
+    engine = build_engine(ops, stories260k(), ctx_size=CTX, eos_ids=(2,))
+    engine.model.runs_ahead = request.param
+    return engine
 
 
 def tell(engine: Engine, prompt: list[int] | None = None, **parameters: Any) -> Generation:
@@ -166,6 +168,7 @@ def test_an_interrupted_step_is_as_if_it_never_was(
             raise error
         return step(tokens, *arguments)
 
+    engine.model.runs_ahead = False
     monkeypatch.setattr(engine.model, "step", broken)
     generation, pieces = engine.generate(prompt, SamplingParams(max_tokens=60))
     with pytest.raises(error):

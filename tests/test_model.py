@@ -288,3 +288,29 @@ def test_release_gives_everything_back(dtype: str, ops: Operators, checkpoint_of
     assert ops.pool.statistics.in_use > before
     model.release()
     assert ops.pool.statistics.in_use == before
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_greedy_decoding_is_steps_and_their_largest_logits(
+    batch: int, ops: Operators, checkpoint_of: Checkpoints
+) -> None:
+    """With pages that begin on the way, and closed before its end."""
+    weights = source_weights(checkpoint_of("qwen2_gqa_tied"))
+    one, other = (build_model(ops, weights, sequences=batch) for _ in range(2))
+    texts = [random_tokens(one, 60 + i, i) for i in range(batch)]
+    mine, theirs = ([model.cache.add_sequence() for _ in texts] for model in (one, other))
+    for text, a, b in zip(texts, mine, theirs, strict=True):
+        advance(one, a, text[:-1])
+        advance(other, b, text[:-1])
+    steps = one.greedy([text[-1] for text in texts], mine, 20)
+    tokens = [text[-1] for text in texts]
+    for _ in range(9):
+        for sequence, token in zip(theirs, tokens, strict=True):
+            other.cache.append(sequence, [token])
+        positions = [len(sequence) - 1 for sequence in theirs]
+        logits = other.step(tokens, positions, [sequence.row for sequence in theirs], "all")
+        assert logits is not None
+        tokens = logits.argmax(axis=-1).tolist()
+        assert next(steps) == tokens
+    steps.close()
+    assert [sequence.tokens for sequence in mine] == [sequence.tokens for sequence in theirs]

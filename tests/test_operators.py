@@ -345,6 +345,20 @@ def test_argmax_and_top_k(machine: Machine, width: int) -> None:
         assert_array_equal(machine.get(values), expected_values)
 
 
+def test_greedy(machine: Machine) -> None:
+    logits = odd_logits(5, 151)
+    expected = reference.argmax(np.where(np.isnan(logits), -np.inf, logits))
+    positions = np.array([0, 6, 7, 8, 100], np.int32)
+    tokens, history = machine.out(5, dtype=np.int32), machine.put(np.full((8, 5), -1, np.int32))
+    there = machine.put(positions)
+    machine.run("greedy", machine.put(logits), tokens, there, history)
+    assert_array_equal(machine.get(tokens), expected)
+    assert_array_equal(machine.get(there), positions + 1)
+    slots = np.full((8, 5), -1)
+    slots[(positions + 1) % 8, np.arange(5)] = expected
+    assert_array_equal(machine.get(history), slots)
+
+
 def test_poison_is_nan() -> None:
     assert np.isnan(poison((3,), np.float32)).all()
     assert (poison((2, 2), np.int32) == -1).all()

@@ -24,7 +24,10 @@ from numbainfer.memory import Allocator, HostAllocator, MemoryPool
 # speculation, give what they would give one by one.
 TWO_PLANES_TOKENS = 16
 
+RUNS_AHEAD = False  # launches are done when they return
+
 __all__ = [
+    "RUNS_AHEAD",
     "BandwidthProbe",
     "activation_planes",
     "add",

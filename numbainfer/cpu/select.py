@@ -34,9 +34,7 @@ def _feed_back(task, worker, tokens, positions, history, slots, count):
     history[positions[task] % slots * count + task] = tokens[task]
 
 
-def greedy(
-    stream: Stream, logits: np.ndarray, tokens: np.ndarray, positions: np.ndarray, history: np.ndarray
-) -> None:
+def greedy(stream: Stream, logits: np.ndarray, tokens: np.ndarray, positions: np.ndarray, history: np.ndarray) -> None:
     """See registry.greedy."""
     if history.shape[1:] != tokens.shape or positions.shape != tokens.shape:
         raise ValueError(f"greedy: tokens {tokens.shape}, positions {positions.shape}, history {history.shape}")

@@ -22,7 +22,10 @@ from numbainfer.gpu.rope import rope, rope_and_store
 from numbainfer.gpu.select import argmax, greedy, top_k
 from numbainfer.memory import Allocator, MemoryPool
 
+RUNS_AHEAD = True  # launches are queued: the device can go on while the host reads what it chose
+
 __all__ = [
+    "RUNS_AHEAD",
     "BandwidthProbe",
     "activation_planes",
     "add",

@@ -276,9 +276,19 @@ def fits(tokens: int, head_dim: int, dtype: np.dtype) -> bool:
 
 
 def decode(
-    stream: Stream, qkv: DeviceArray, heads: int, scale: float, window: int, rope: HeldRope | None, positions: DeviceArray,
-    sequences: DeviceArray, k_pages: DeviceArray, v_pages: DeviceArray, page_table: DeviceArray, out: DeviceArray,
-) -> None:  # fmt: skip
+    stream: Stream,
+    qkv: DeviceArray,
+    heads: int,
+    scale: float,
+    window: int,
+    rope: HeldRope | None,
+    positions: DeviceArray,
+    sequences: DeviceArray,
+    k_pages: DeviceArray,
+    v_pages: DeviceArray,
+    page_table: DeviceArray,
+    out: DeviceArray,
+) -> None:
     """Attention as registry.attention has it; with `rope`, what it does too."""
     kv_heads, head_dim, tokens = k_pages.shape[1], k_pages.shape[3], qkv.shape[0]
     of_key = heads // kv_heads
