@@ -74,7 +74,7 @@ class Sampler:
         ids, weights = self._mirostat(logits) if self.params.mirostat_tau else self._filter(logits)
         index = draw(weights, self._random.random())
         if self.params.mirostat_tau:
-            surprise = -math.log2(weights[index] / weights.sum(dtype=np.float64))
+            surprise = -math.log2(weights[index] / weights.sum())
             self._mu -= self.params.mirostat_eta * (surprise - self.params.mirostat_tau)
         return index if ids is None else int(ids[index])
 
@@ -131,14 +131,16 @@ class Sampler:
     def _mirostat(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens whose surprise is at most mu, or the most likely one alone."""
         weights = self._weights(logits)
-        least = weights.sum(dtype=np.float64) * 2.0**-self._mu
+        least = weights.sum() * 2.0**-self._mu
         ids = np.flatnonzero(weights >= min(least, weights.max()))
         return ids, weights[ids]
 
     def _weights(self, logits: np.ndarray) -> np.ndarray:
         """e^(l / temperature), the largest scaled to 1."""
         with np.errstate(over="ignore"):  # a temperature near zero makes all others infinitely less likely
-            return np.exp((logits - logits.max()) / np.float32(max(self.params.temperature, 1e-30)))
+            weights = logits - logits.max()
+            weights /= np.float32(max(self.params.temperature, 1e-30))
+            return np.exp(weights, out=weights)
 
 
 def largest(values: np.ndarray, k: int) -> np.ndarray:
@@ -160,7 +162,7 @@ def largest(values: np.ndarray, k: int) -> np.ndarray:
 
 def nucleus(keys: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
     """The indices of the largest keys, as few as reach that share of all weights, the largest first."""
-    wanted = share * weights.sum(dtype=np.float64)
+    wanted = share * float(weights.sum())
     k = _COLUMN
     while True:
         ids = largest(keys, k)
@@ -172,8 +174,9 @@ def nucleus(keys: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
 
 def draw(weights: np.ndarray, number: float) -> int:
     """The index where `number`, from 0 to 1, falls when the weights share that range; never one of weight 0."""
-    starts = np.arange(0, weights.size, _BLOCK)
-    totals = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    whole = weights.size // _BLOCK * _BLOCK
+    sums = weights[:whole].reshape(-1, _BLOCK).sum(axis=1)
+    totals = np.cumsum(np.append(sums, weights[whole:].sum()), dtype=np.float64)
     target = min(number * totals[-1], np.nextafter(totals[-1], 0))
     block = int(np.searchsorted(totals, target, side="right"))
     inside = weights[block * _BLOCK : (block + 1) * _BLOCK]
