@@ -87,6 +87,28 @@ class Conversation:
                 return turn["content"]
         return None
 
+    def drop_oldest(self) -> bool:
+        """Forgets the first turn of the user and its reply; False where only the last of the user's is left."""
+        if len(self._turns) <= 2:
+            return False
+        del self._turns[:2]
+        return True
+
+    def replace(self, messages: Sequence[Message]) -> None:
+        """Takes over a conversation as `messages` gives it; NumbaInferError where it is none, and nothing changed."""
+        new = Conversation()
+        for message in messages:
+            role, content = (message.get(key) if isinstance(message, Mapping) else None for key in ("role", "content"))
+            if not isinstance(content, str) or role not in ("system", "user", "assistant"):
+                raise NumbaInferError("it is not a conversation: a list of messages with role and content")
+            if role != "system":
+                new._add(role, content, after=("user",) if role == "assistant" else ("assistant", None))
+            elif len(new) or new.system is not None:
+                raise NumbaInferError("a system message can only come first")
+            else:
+                new.system = content
+        self.system, self._turns = new.system, new._turns
+
     def clear(self) -> None:
         """Forgets all turns and keeps the system message."""
         self._turns.clear()

@@ -217,7 +217,7 @@ class StopGate:
             self.stopped = True
             shown, self._held = self._held[: min(found)], ""
             return shown
-        keep = max(self._overlap(stop) for stop in self._stops)
+        keep = max(overlap(self._held, stop) for stop in self._stops)
         shown = self._held[: len(self._held) - keep]
         self._held = self._held[len(self._held) - keep :]
         return shown
@@ -227,7 +227,8 @@ class StopGate:
         shown, self._held = self._held, ""
         return shown
 
-    def _overlap(self, stop: str) -> int:
-        """The length of the longest end of the held text that begins `stop`."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+def overlap(text: str, stop: str) -> int:
+    """The length of the longest end of a text that begins `stop` without being all of it."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -380,7 +380,7 @@ def test_slash_commands(models: dict[str, Path]) -> None:
     once = chat(models["chat"], "hi\n")
     result = chat(models["chat"], "hi\n/reset\n/what is this\nhi\n/exit\nnever\n")
     assert result.out == once.out * 2
-    assert "unknown command /what: /reset and /exit are known" in result.err
+    assert "unknown command /what: /help lists them" in result.err
     assert re.findall(r"prompt (\d+) tokens", result.err) == [str(len(encode("[user]hi>")))] * 2
 
 
@@ -390,7 +390,7 @@ def test_a_prompt_may_come_before_the_chat(models: dict[str, Path]) -> None:
 
 def test_a_chat_without_a_template_continues_lines(models: dict[str, Path]) -> None:
     result = chat(models["bin"], "Once upon\nTom had\n")
-    assert "each line is continued as text" in result.err
+    assert "each message is continued as text" in result.err
     assert result.out.splitlines() == [run(models["bin"], text, "-n", 4)["text"] for text in ("Once upon", "Tom had")]
 
 

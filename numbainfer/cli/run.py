@@ -177,7 +177,8 @@ numbainfer run ./model -i
 @ctx_size_option
 @source_options
 @option("--raw", is_flag=True, help="Continue the prompt as it is: no chat template.")
-@option("-i", "--interactive", is_flag=True, help="Chat over several turns; /reset forgets, /exit ends.")
+@option("-i", "--interactive", is_flag=True, help="Chat over several turns; /help lists what you can do.")
+@option("--no-think", is_flag=True, help="Ask a model that reasons first (Qwen3) to answer at once.")
 @option("--stats/--no-stats", default=True, show_default=True, help="Speeds on stderr at the end.")
 @option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @general_options
@@ -192,6 +193,7 @@ def run(
     source_options: SourceOptions,
     raw: bool,
     interactive: bool,
+    no_think: bool,
     stats: bool,
     as_json: bool,
     speculate: bool,
@@ -204,7 +206,8 @@ def run(
     .pt of llama2.c; without one, the
     demo model SmolLM2-135M-Instruct, fetched once. PROMPT "-", or none with a pipe on stdin, is read from stdin.
     """
-    from numbainfer.chat_session import Session, chat_loop, reply
+    from numbainfer.chat_loop import chat_loop
+    from numbainfer.chat_session import Session, reply
     from numbainfer.console import announce_compilation, progress_bars
     from numbainfer.loading import load, names_a_model, require_model
     from numbainfer.sampling import SamplingParams
@@ -239,7 +242,15 @@ def run(
             progress=progress,
         )
     loaded.engine.speculate = speculate
-    session = Session(loaded, raw=raw, system=system, max_tokens=max_tokens, stop=stop, sampling=given)
+    session = Session(
+        loaded,
+        raw=raw,
+        system=system,
+        max_tokens=max_tokens,
+        stop=stop,
+        sampling=given,
+        template={"enable_thinking": False} if no_think else {},
+    )
     if interactive:
         chat_loop(session, prompt, show_statistics=stats)
     else:
