@@ -27,7 +27,10 @@ _MINIMUM_CAPABILITY = (8, 0)
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute
 
 # Module -> the extra that brings it, and what it is for. (test_info.py holds this against setup.cfg.)
-OPTIONAL = {"matplotlib": ("plot", "bench --plot")}
+OPTIONAL = {
+    "matplotlib": ("plot", "bench --plot"),
+    "llguidance": ("constrained", "run --json-schema, --regex, --grammar"),
+}
 
 
 def machine() -> dict[str, Any]:

@@ -121,6 +121,9 @@ def _double(task, worker, x):  # type: ignore[no-untyped-def]
     x[task] = x[task] + x[task]
 
 
+_double.__module__ = "numbainfer.test"  # others' kernels are not kept
+
+
 def doubles() -> float:
     """Launches _double as a process does that has not yet loaded it; returns the seconds that it spent compiling."""
     before = compile.compiled_seconds
@@ -143,6 +146,16 @@ def test_damaged_entries_are_recompiled(tmp_path: Path, monkeypatch: pytest.Monk
     assert doubles() > 0
     assert doubles() == 0
     assert list(entries(tmp_path)) == [path]  # and no temporary file stays behind
+
+
+def test_kernels_from_elsewhere_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache's key does not see their sources: a kernel that somebody edits would stay what it was."""
+    Stream(1).launch(Kernel(_double), 0, np.empty(0, np.float32))
+    monkeypatch.setattr(compile, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(_double, "__module__", "__main__")
+    assert doubles() > 0
+    assert doubles() > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_cache_is_healed_for_other_processes(warm: Path, tmp_path: Path) -> None:

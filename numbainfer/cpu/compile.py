@@ -93,7 +93,14 @@ class Kernel:
         key = hashlib.sha256(f"{self.name}{argument_types}".encode()).hexdigest()[:24]
         return cache_directory() / f"{self.function.__name__}-{key}"
 
+    @property
+    def _is_kept(self) -> bool:
+        """Whether the cache's key would see a change: it has this package's sources, and no one else's."""
+        return self.function.__module__.startswith("numbainfer.")
+
     def _load(self, argument_types: tuple) -> tuple[str, bytes] | None:
+        if not self._is_kept:
+            return None
         try:
             header, code = self._cache_path(argument_types).read_bytes().split(b"\n", 1)
             facts = json.loads(header)
@@ -116,7 +123,8 @@ class Kernel:
         symbol = entry.native_name
         _, _, (code, _) = entry._library.serialize_using_object_code()
         header = json.dumps({"symbol": symbol, "sha256": _checksum(symbol, code)})
-        write_atomically(self._cache_path(argument_types), header.encode() + b"\n" + code)
+        if self._is_kept:
+            write_atomically(self._cache_path(argument_types), header.encode() + b"\n" + code)
         return symbol, code
 
 

@@ -97,7 +97,10 @@ class Kernel:
         return re.sub(r"\W", "", self.name + suffix)
 
     def cubin(self, capability: tuple[int, int]) -> Cubin:
-        """The machine code, from the cache or compiled."""
+        """The machine code, from the cache or compiled. Only this package's kernels are kept there: the cache's key has
+        its sources, and would not see a change in others'."""
+        if not self.function.__module__.startswith("numbainfer."):
+            return self.compile(capability)
         key = hashlib.sha256(f"{self.function.__module__}.{self.symbol}".encode()).hexdigest()[:24]
         path = cache_directory() / "sm_{}{}".format(*capability) / f"{self.name}-{key}"
         found = _read(path)
