@@ -24,12 +24,12 @@ from numbainfer.converters.vocabulary import gguf_tokenizer_files
 from numbainfer.errors import NumbaInferError
 from numbainfer.safetensors_file import shown
 
-_NAMES = {
+NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -162,8 +162,8 @@ def huggingface_name(name: str) -> str | None:
         return None
     block, part, kind = match.groups()
     if block is None:
-        return f"{_NAMES[part]}.{kind}" if part in _NAMES else None
-    return f"model.layers.{block}.{_BLOCK_NAMES[part]}.{kind}" if part in _BLOCK_NAMES else None
+        return f"{NAMES[part]}.{kind}" if part in NAMES else None
+    return f"model.layers.{block}.{BLOCK_NAMES[part]}.{kind}" if part in BLOCK_NAMES else None
 
 
 def _tensor(path: Path, name: str, tensor: Any, head_dim: int | None) -> SourceTensor:

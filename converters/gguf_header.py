@@ -135,6 +135,9 @@ class _Walk:
             if end > self.size:
                 raise self.error(f"truncated: tensor {shown(name)} ends at byte {end}, the file at {self.size}")
             expected = self.aligned(offset + size)
+        # Writers pad the last tensor, or leave that out; more than this means that sizes above are wrong.
+        if infos and self.size > base + expected:
+            raise self.error(f"corrupt: {self.size - base - expected} bytes after the last tensor belong to none")
 
     def aligned(self, position: int) -> int:
         return position + -position % self.alignment

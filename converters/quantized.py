@@ -170,6 +170,9 @@ def _group_index(base: str, parts: dict[str, SourceTensor], settings: dict[str, 
         index = np.arange(ins) // (size if size > 0 else ins)
     if index.size and not 0 <= index.min() <= index.max() < groups:
         raise NumbaInferError(f"{shown(base)}: its g_idx reaches past its {groups} groups")
+    sizes = np.bincount(index, minlength=groups)
+    if len(set(sizes[:-1])) > 1 or not 0 < sizes[-1] <= sizes[0]:  # the last may be smaller
+        raise NumbaInferError(f"{shown(base)}: its {ins} inputs do not make {groups} equal groups")
     return index
 
 

@@ -186,6 +186,18 @@ def half_split(rows: Rows, head_dim: int) -> Rows:
     return read
 
 
+def interleaved(rows: Rows, head_dim: int) -> Rows:
+    """The other way round: rows of a projection in Meta's order, from those of one in Hugging Face's."""
+
+    def read(start: int, stop: int) -> Array:
+        first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim  # whole heads
+        head, row = np.divmod(np.arange(start, stop), head_dim)
+        pair, part = np.divmod(row, 2)
+        return rows(first, last)[head * head_dim + head_dim // 2 * part + pair - first]
+
+    return read
+
+
 def stacked(parts: Sequence[tuple[int, Rows]]) -> Rows:
     """Rows of matrices one below the other, each given as its number of rows and how to read them."""
 

@@ -45,11 +45,11 @@ def ranks_metadata(data: bytes, vocab_size: object) -> dict[str, Any]:
         except binascii.Error:
             token = b""
         if not 0 < len(token) <= _MAX_TOKEN_BYTES or rank != str(len(ranks)).encode() or token in ranks:
-            raise NumbaInferError(f"tokenizer.model is damaged at its line {len(ranks) + 1}; fetch it again")
+            raise NumbaInferError(f"damaged at its line {len(ranks) + 1}; fetch it again")
         ranks[token] = len(ranks)
     if isinstance(vocab_size, int) and vocab_size != len(ranks) + _RESERVED:
         raise NumbaInferError(
-            f"tokenizer.model has {len(ranks)} ranks, which with {_RESERVED} special tokens are not the model's "
+            f"{len(ranks)} ranks, which with {_RESERVED} special tokens are not the model's "
             f"{vocab_size}; use the file that came with the weights"
         )
     shown = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}

@@ -30,7 +30,7 @@ def from_directory(directory: Path, vocab_size: object) -> dict[str, bytes]:
     """
     files = {name: read_file(directory / name) for name in NAMES if (directory / name).is_file()}
     if "tokenizer.json" not in files and is_ranks(files.get("tokenizer.model", b"")):
-        files = _from_ranks(files.pop("tokenizer.model"), vocab_size) | files
+        files = _from_ranks(directory / "tokenizer.model", files.pop("tokenizer.model"), vocab_size) | files
     has_vocabulary = files.keys() & {"tokenizer.json", "tokenizer.model"} or files.keys() >= {
         "vocab.json",
         "merges.txt",
@@ -53,7 +53,7 @@ def read(path: Path, vocab_size: object) -> dict[str, bytes]:
     if data.lstrip()[:1] == b"{":
         return {"tokenizer.json": data}
     if is_ranks(data):
-        return _from_ranks(data, vocab_size)
+        return _from_ranks(path, data, vocab_size)
     # A sentencepiece model begins with its first piece, as protobuf has it: tag 0x0a, then a length, never
     # 0. A tokenizer.bin begins with an int32 that is small, so that its second byte is 0.
     if data[:1] == b"\n" and data[1:2] != b"\0":
@@ -66,8 +66,11 @@ def read(path: Path, vocab_size: object) -> dict[str, bytes]:
         raise NumbaInferError(f"{path}: {error}") from error
 
 
-def _from_ranks(data: bytes, vocab_size: object) -> dict[str, bytes]:
-    return gguf_tokenizer_files(ranks_metadata(data, vocab_size))
+def _from_ranks(path: Path, data: bytes, vocab_size: object) -> dict[str, bytes]:
+    try:
+        return gguf_tokenizer_files(ranks_metadata(data, vocab_size))
+    except NumbaInferError as error:
+        raise NumbaInferError(f"{path}: {error}") from error
 
 
 def beside(model: Path, vocab_size: object) -> dict[str, bytes]:

@@ -241,6 +241,11 @@ class TorchFile:
         # One that has more elements than its storage repeats them: no weight does, and it could be of any size.
         if 0 not in shape and (last >= storage.count or math.prod(shape) > storage.count):
             raise NumbaInferError(f"damaged: a tensor {shown(list(shape))} reaches past its storage")
+        span = 1
+        for stride, size in sorted((stride, n) for n, stride in zip(shape, strides, strict=True) if n > 1):
+            if stride < span:
+                raise NumbaInferError(f"damaged: a tensor {shown(list(shape))} overlaps itself")
+            span = stride * size
         return TorchTensor(self, storage, offset, tuple(shape), tuple(strides))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from numbainfer.config_reader import Reader, shown
+from numbainfer.config_reader import Reader, shown, shown_key
 from numbainfer.errors import NumbaInferError
 from numbainfer.families import EVEN, EVERY, FAMILIES, NO_WINDOW, UNROTATED, UPPER, Family
 from numbainfer.rope_scaling import RopeScaling, inverse_frequencies, read_rope
@@ -175,7 +175,7 @@ def _refuse_unknown(reader: Reader, family: Family) -> None:
             continue
         else:
             raise reader.error(
-                f"{key} = {shown(value)} is not known to numbainfer; "
+                f"{shown_key(key)} = {shown(value)} is not known to numbainfer; "
                 "if it does not change what the model computes, remove it from the file"
             )
 

@@ -51,6 +51,11 @@ class Reader:
         return value
 
 
+def shown_key(key: str) -> str:
+    """A key of a file: as it is, unless it would spoil the line."""
+    return key if key.isprintable() and len(key) <= 60 else shown(key)
+
+
 def shown(value: Any) -> str:
     """A value as an error quotes it."""
     text = repr(value)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from numbainfer.config_reader import Reader, shown
+from numbainfer.config_reader import Reader, shown, shown_key
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def read_rope(reader: Reader, head_dim: int, positions: int) -> Rope:
     for key, value in given.items():
         known = key in _KEYS[kind] or key in ("rope_type", "type", "rope_theta", "partial_rotary_factor")
         if not known and value is not None:
-            raise reader.error(f"RoPE parameter {key} = {shown(value)} is not supported")
+            raise reader.error(f"RoPE parameter {shown_key(key)} = {shown(value)} is not supported")
     theta = reader.number("rope_theta", 0.0, 1e15, values)
     share = 1.0
     if values["partial_rotary_factor"] is not None:

@@ -17,6 +17,10 @@ from numbainfer.errors import NumbaInferError
 from numbainfer.registry import Operators, bind
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=500, help="damaged files of each format in test_fuzz.py")
+
+
 @cache
 def bound(kind: str, threads: int | None) -> Operators | str:
     """The operators of a device, bound once for all tests; or why there are none."""

@@ -1,4 +1,4 @@
-"""`numbainfer convert`: a model in numbainfer's own format."""
+"""`numbainfer convert`: a model in numbainfer's own format, or as GGUF."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     examples="""
 numbainfer convert ./Qwen2.5-0.5B qwen
 numbainfer convert Qwen/Qwen3-0.6B qwen3 --group-size 32
+numbainfer convert qwen qwen.gguf --to gguf
 numbainfer convert stories15M.bin stories --dtype float32 --tokenizer tokenizer.bin
 """,
 )
@@ -28,16 +29,30 @@ numbainfer convert stories15M.bin stories --dtype float32 --tokenizer tokenizer.
     type=click.Choice(["int8", "float16", "bfloat16", "float32"]),
     default="int8",
     show_default=True,
-    help="What matrices become.",
+    help="What matrices become; int8 is Q8_0 in a GGUF.",
 )
+@option("--group-size", type=click.Choice(["32", "64", "128"]), help="Values per scale [default: 64; in a GGUF 32].")
 @option(
-    "--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True, help="Values per scale."
+    "--to",
+    "format",
+    type=click.Choice(["numbainfer", "gguf"]),
+    default="numbainfer",
+    show_default=True,
+    help="What OUT becomes: a directory of numbainfer's, or a GGUF file for llama.cpp.",
 )
-@option("--force", is_flag=True, help="Replace OUT if it is a converted model.")
+@option("--force", is_flag=True, help="Replace OUT if it is a converted model, or a GGUF.")
 @source_options
 @general_options
-def convert(source: str, out: str, dtype: str, group_size: str, force: bool, source_options: SourceOptions) -> None:
-    """Convert SOURCE to numbainfer's format in the new directory OUT.
+def convert(
+    source: str,
+    out: str,
+    dtype: str,
+    group_size: str | None,
+    format: str,
+    force: bool,
+    source_options: SourceOptions,
+) -> None:
+    """Convert SOURCE to numbainfer's format in the new directory OUT, or to the GGUF file OUT.
 
     SOURCE is a hub id (OWNER/NAME[/FILE][@REVISION]), a Hugging Face or Meta directory, a .gguf, a .bin or .pt of
     llama2.c, or a converted model. OUT appears when all of it is on the disk; an interrupted conversion leaves nothing
@@ -48,10 +63,19 @@ def convert(source: str, out: str, dtype: str, group_size: str, force: bool, sou
     from numbainfer.converters.source import open_source
     from numbainfer.loading import fetch_source
 
-    target = converter.Target(dtype, int(group_size))
+    if format == "gguf" and group_size not in (None, "32"):
+        raise click.UsageError("--group-size: a GGUF's Q8_0 has groups of 32")
+    if format != "gguf" and out.endswith(".gguf"):
+        raise click.UsageError("OUT is named like a GGUF file: say --to gguf, or give a directory's name")
     announce_compilation()
     with progress_bars() as progress, open_source(fetch_source(source, progress), source_options) as opened:
-        summary = converter.convert(opened, Path(out), target, force=force, progress=progress)
+        if format == "gguf":
+            from numbainfer.converters.gguf_writer import write_gguf
+
+            summary = write_gguf(opened, Path(out), dtype, force=force, progress=progress)
+        else:
+            target = converter.Target(dtype, int(group_size or 64))
+            summary = converter.convert(opened, Path(out), target, force=force, progress=progress)
     note(f"{out}: {summary.parameters:,} parameters, {size(summary.nbytes)} as {dtype}")
     if summary.floating:
         shown = ", ".join(summary.floating[:2]) + (", ..." if len(summary.floating) > 2 else "")
