@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, cast, overload
 import numpy as np
 
 from numbainfer import chat
+from numbainfer.converters.source_options import SourceOptions
 from numbainfer.device import Device
 from numbainfer.engine import Engine
 from numbainfer.errors import NumbaInferError
@@ -44,6 +45,7 @@ class LLM:
         batch_size: how many prompts are computed together at most. Each has room for ctx_size tokens in the KV cache;
             on the CPU, room that is not used takes no memory.
         threads: CPU threads; None for one per physical core.
+        tokenizer: a tokenizer's file or directory, for a llama2.c .bin that has none beside it.
         speculate: guess what the text has said before and let the model check several tokens at once: the same text,
             faster where it repeats itself (code that is edited, quotations).
         progress: called with (what is going on, how much is done, of how much) while the model is opened.
@@ -63,6 +65,7 @@ class LLM:
         ctx_size: int | None = None,
         batch_size: int = 16,
         threads: int | None = None,
+        tokenizer: str | Path | None = None,
         speculate: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -74,6 +77,7 @@ class LLM:
                 device=Device.parse(device),
                 ctx_size=ctx_size,
                 threads=threads,
+                source_options=SourceOptions(tokenizer=tokenizer),
                 sequences=batch_size,
                 progress=progress,
             )

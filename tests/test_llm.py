@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -241,6 +242,14 @@ def test_closing(stories: Path) -> None:
     ):
         with pytest.raises(NumbaInferError, match="this LLM is closed"):
             use()
+
+
+def test_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
+    bare = shutil.copy(STORIES, tmp_path / "bare.bin")
+    with pytest.raises(NumbaInferError, match="tokenizer"):
+        LLM(bare)
+    with LLM(bare, tokenizer=STORIES.parent / "tok512.bin", ctx_size=64) as llm:
+        assert llm.generate("Once upon a time", GREEDY).text.startswith(", there was")
 
 
 def test_importing_is_light() -> None:
