@@ -58,20 +58,22 @@ def test_generic() -> None:
     passes("generic", "generic", "")
 
 
-def test_avx2() -> None:
+@pytest.mark.parametrize("path", ["avx2", "avx_vnni"])
+def test_avx2(path: str) -> None:
     features = llvm.get_host_cpu_features()
-    if not all(features.get(name) for name in ("avx2", "fma", "f16c")):
-        pytest.skip("this CPU has no AVX2")
+    needed = ["avx2", "fma", "f16c"] + (["avxvnni"] if path == "avx_vnni" else [])
+    if not all(features.get(name) for name in needed):
+        pytest.skip(f"this CPU has no {needed[-1]}")
+    hidden = ("avx512", "avx10", "amx") + (("avxvnni",) if path == "avx2" else ())
     without = (
-        f"{'+' if present and not name.startswith(('avx512', 'avx10', 'amx')) else '-'}{name}"
-        for name, present in sorted(features.items())
+        f"{'+' if present and not name.startswith(hidden) else '-'}{name}" for name, present in sorted(features.items())
     )
-    passes("avx2", llvm.get_host_cpu_name(), ",".join(without))
+    passes(path, llvm.get_host_cpu_name(), ",".join(without))
 
 
 def test_the_path_is_the_best_that_the_machine_has() -> None:
     features = llvm.get_host_cpu_features()
-    best = {"avx512vnni": "avx512_vnni", "avx2": "avx2", "dotprod": "neon_dot"}
+    best = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "avx2": "avx2", "dotprod": "neon_dot"}
     expected = next((path for feature, path in best.items() if features.get(feature)), "generic")
     if "NUMBA_CPU_NAME" in os.environ or "NUMBA_CPU_FEATURES" in os.environ:
         pytest.skip("Numba is told to compile for another machine")

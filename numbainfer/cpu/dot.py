@@ -13,25 +13,33 @@ from numbainfer.cpu.isa import detect
 from numbainfer.cpu.simd import I8x64, I32x16
 
 
-@lru_cache(maxsize=1)
-def _vnni_operand(triple: str) -> ir.VectorType:
-    """LLVM changed vpdpbusd's operands from 16 x i32 to 64 x i8: ask the one at hand which it takes."""
-    probe = (
-        "declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)\n"
-        f'target triple = "{triple}"\n'
-    )
+@lru_cache
+def _vnni_operand(triple: str, bits: int) -> ir.VectorType:
+    """LLVM changed vpdpbusd's operands from int32 to bytes: ask the one at hand which it takes."""
+    words, count = f"<{bits // 32} x i32>", f"<{bits // 8} x i8>"
+    probe = f'declare {words} @llvm.x86.avx512.vpdpbusd.{bits}({words}, {count}, {count})\ntarget triple = "{triple}"\n'
     try:
         llvm.parse_assembly(probe).verify()
     except RuntimeError:
-        return I32x16.llvm
-    return I8x64.llvm
+        return ir.VectorType(simd._i32, bits // 32)
+    return ir.VectorType(simd._i8, bits // 8)
 
 
-def _dot_vnni(builder: Any, acc: Any, w: Any, x: Any) -> Any:
-    operand = _vnni_operand(builder.module.triple)
-    unsigned = builder.xor(w, simd._constant(I8x64.llvm, -128))  # w + 128 as an unsigned byte
+def _vpdpbusd(builder: Any, acc: Any, unsigned: Any, x: Any) -> Any:
+    """acc [n x i32] + the sums of 4 products of unsigned by signed bytes, in vectors of 512 or 256 bits."""
+    bits = 32 * acc.type.count
+    operand = _vnni_operand(builder.module.triple, bits)
     args = [builder.bitcast(v, operand) for v in (unsigned, x)]
-    return simd._call(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, acc, *args)
+    return simd._call(builder, f"llvm.x86.avx512.vpdpbusd.{bits}", acc.type, acc, *args)
+
+
+def _dot_avx512_vnni(builder: Any, acc: Any, unsigned: Any, x: Any) -> Any:
+    return _vpdpbusd(builder, acc, unsigned, x)
+
+
+def _dot_avx_vnni(builder: Any, acc: Any, unsigned: Any, x: Any) -> Any:
+    halves = zip(*(_split(builder, v, 2) for v in (acc, unsigned, x)), strict=True)
+    return _join(builder, [_vpdpbusd(builder, *half) for half in halves])
 
 
 def _split(builder: Any, value: Any, parts: int) -> list[Any]:
@@ -79,7 +87,14 @@ def _dot_generic(builder: Any, acc: Any, w: Any, x: Any) -> Any:
     return acc
 
 
-_DOTS = {"avx512_vnni": _dot_vnni, "avx2": _dot_avx2, "neon_dot": _dot_neon, "generic": _dot_generic}
+# Those whose isa.weight_offset is 128 take weights as unsigned bytes w + 128, the others as signed bytes.
+_DOTS = {
+    "avx512_vnni": _dot_avx512_vnni,
+    "avx_vnni": _dot_avx_vnni,
+    "avx2": _dot_avx2,
+    "neon_dot": _dot_neon,
+    "generic": _dot_generic,
+}
 
 
 @simd._define(I32x16, I32x16, I8x64, I8x64)
@@ -89,16 +104,14 @@ def dot4(builder: Any, acc: Any, w: Any, x: Any) -> Any:
     w: weights in -127 to 127, taken as w + isa.weight_offset; x: activations in -127 to 127. The caller takes
     isa.weight_offset * sum(x) back.
     """
-    return _DOTS[detect().name](builder, acc, w, x)
+    if detect().weight_offset:
+        w = builder.xor(w, simd._constant(I8x64.llvm, -128))  # w + 128 as an unsigned byte
+    return emit_dot4_packed(builder, acc, w, x)
 
 
 def emit_dot4_packed(builder: Any, acc: Any, w: Any, x: Any) -> Any:
     """As dot4, for weights that were packed with the offset already added (GEMM panels): for code generators."""
-    if detect().weight_offset == 0:
-        return _DOTS[detect().name](builder, acc, w, x)
-    operand = _vnni_operand(builder.module.triple)
-    args = [builder.bitcast(v, operand) for v in (w, x)]
-    return simd._call(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, acc, *args)
+    return _DOTS[detect().name](builder, acc, w, x)
 
 
 @simd._define(I32x16, I32x16, I8x64, I8x64)

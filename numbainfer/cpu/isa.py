@@ -34,6 +34,7 @@ _PATHS = {
     # 32 vector registers of 512 bits: 8 tokens x 2 accumulators, 2 weight vectors, 1 broadcast
     "avx512_vnni": Isa("avx512_vnni", weight_offset=128, half_convert=True, tile_tokens=8),
     # 16 registers of 256 bits: a 16-lane value takes two
+    "avx_vnni": Isa("avx_vnni", weight_offset=128, half_convert=True, tile_tokens=2),
     "avx2": Isa("avx2", weight_offset=0, half_convert=True, tile_tokens=2),
     # 32 registers of 128 bits: a 16-lane value takes four
     "neon_dot": Isa("neon_dot", weight_offset=0, half_convert=True, tile_tokens=2),
@@ -57,7 +58,7 @@ def detect() -> Isa:
     if {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= features:
         return _PATHS["avx512_vnni"]
     if {"avx2", "fma", "f16c"} <= features:
-        return _PATHS["avx2"]
+        return _PATHS["avx_vnni" if "avxvnni" in features else "avx2"]
     if {"dotprod", "neon"} <= features:
         return _PATHS["neon_dot"]
     return _PATHS["generic"]
