@@ -54,7 +54,6 @@ from numbainfer.cpu.simd import (
 from numbainfer.cpu.tile import (
     TILE_ROWS,
     TILE_TOKENS,
-    scales_transpose,
     tile_add_scaled,
     tile_dot,
     tile_next_plane,
@@ -63,6 +62,7 @@ from numbainfer.cpu.tile import (
     tile_transpose,
     tile_zero,
     tile_zero_i32,
+    transpose16,
 )
 from numbainfer.quantization import GROUPS, QuantizedMatrix, QuantizedRows
 
@@ -184,7 +184,7 @@ def pack_panel(w, ws, valid, width, groups, panel, scales):
         for i in range(0, whole, 64):
             tile_transpose(advance(w, half * width + i), width, advance(panel, (i * TILE_ROWS + half * 4)))
         for g in range(0, whole_groups, 16):
-            scales_transpose(advance(ws, half * groups + g), groups, advance(scales, g * TILE_ROWS + half))
+            transpose16(advance(ws, half * groups + g), groups, advance(scales, g * TILE_ROWS + half), TILE_ROWS)
         for r in range(half, half + 16):  # the last columns, or the last rows, one by one
             for i in range(whole, width, 4):
                 word = load_word(w, r * width + i) if r < valid else int32(0)

@@ -139,21 +139,25 @@ def _narrow_half(builder: Any, value: Any) -> Any:
     return builder.trunc(out, _I16x16)
 
 
+def _load_f32(builder: Any, element: Any, pointer: Any, index: Any) -> Any:
+    """The 16 elements (float32, F16 or BF16) from pointer[index] on as float32."""
+    if element == types.float32:
+        return builder.load(_address(builder, pointer, index, F32x16.llvm), align=1)
+    bits = builder.load(_address(builder, pointer, index, _I16x16), align=1)
+    if element == F16:
+        return _widen_half(builder, bits)
+    wide = builder.shl(builder.zext(bits, I32x16.llvm), _constant(I32x16.llvm, 16))
+    return builder.bitcast(wide, F32x16.llvm)
+
+
 @intrinsic
 def load(typingctx, pointer, index):
     """The 16 elements from pointer[index] on (float32, F16 or BF16) as float32."""
     if not isinstance(pointer, types.CPointer) or pointer.dtype not in (types.float32, F16, BF16):
         return None
-    element = pointer.dtype
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if element == types.float32:
-            return builder.load(_address(builder, args[0], args[1], F32x16.llvm), align=1)
-        bits = builder.load(_address(builder, args[0], args[1], _I16x16), align=1)
-        if element == F16:
-            return _widen_half(builder, bits)
-        wide = builder.shl(builder.zext(bits, I32x16.llvm), _constant(I32x16.llvm, 16))
-        return builder.bitcast(wide, F32x16.llvm)
+        return _load_f32(builder, pointer.dtype, *args)
 
     return F32x16(pointer, types.int64), codegen
 
@@ -290,6 +294,12 @@ def hsum(builder: Any, a: Any) -> Any:
     """The sum of the lanes, as a tree: the same for every call."""
     zero = ir.Constant(_f32, 0.0)
     return _call(builder, "llvm.vector.reduce.fadd.v16f32", _f32, zero, a, fast=("reassoc",))
+
+
+@_define(types.float32, F32x16)
+def first_lane(builder: Any, a: Any) -> Any:
+    """Lane 0."""
+    return builder.extract_element(a, ir.Constant(_i32, 0))
 
 
 @_define(types.float32, F32x16)

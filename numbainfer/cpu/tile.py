@@ -148,19 +148,21 @@ def tile_transpose(builder: Any, tile: list, rows: Any, stride: Any, panel: Any)
         builder.store(vector, builder.bitcast(address, I32x16.llvm.as_pointer()), align=1)
 
 
-@_tile_intrinsic(types.void, types.CPointer(simd.F16), types.int64, _PF)
-def scales_transpose(builder: Any, tile: list, rows: Any, stride: Any, out: Any) -> None:
-    """16 rows of 16 float16 scales, `stride` apart, as 16 vectors of float32, TILE_ROWS apart: vector g has scale g of
-    each row."""
-    half = ir.VectorType(ir.IntType(16), 16)
-    vectors = []
-    for row in range(16):
-        address = builder.gep(rows, [builder.mul(stride, _index(row))])
-        bits = builder.load(builder.bitcast(address, half.as_pointer()), align=1)
-        vectors.append(simd._widen_half(builder, bits))
-    for g, vector in enumerate(_transpose(builder, vectors)):
-        address = builder.gep(out, [_index(g * TILE_ROWS)])
-        builder.store(vector, builder.bitcast(address, F32x16.llvm.as_pointer()), align=1)
+@intrinsic
+def transpose16(typingctx, rows, stride, out, out_stride):
+    """16 rows of 16 elements (float32, F16 or BF16), `stride` apart, as 16 vectors of float32, `out_stride` apart."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        rows, stride, out, out_stride = args
+        vectors = [
+            simd._load_f32(builder, sig.args[0].dtype, rows, builder.mul(stride, _index(row))) for row in range(16)
+        ]
+        for i, vector in enumerate(_transpose(builder, vectors)):
+            address = builder.gep(out, [builder.mul(out_stride, _index(i))])
+            builder.store(vector, builder.bitcast(address, F32x16.llvm.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(rows, types.int64, _PF, types.int64), codegen
 
 
 def _transpose(builder: Any, vectors: list) -> list:
@@ -189,16 +191,22 @@ def outer_zero(builder: Any, tile: list) -> list:
     return [ir.Constant(F32x16.llvm, [0.0] * 16)] * 16
 
 
-@_tile_intrinsic(_OUTER, _OUTER, _PF, types.int64, _PF)
-def outer_add(builder: Any, tile: list, column: Any, stride: Any, row: Any) -> list:
-    """tile + the outer product of column[0], column[stride], ... (4 values) and row[0 : 64]."""
-    vectors = [_load(builder, row, _index(16 * v), F32x16) for v in range(4)]
-    out = []
-    for r in range(4):
-        factor = simd._splat(builder, _scalar(builder, column, r, stride), F32x16.llvm)
-        for v in range(4):
-            out.append(simd._call(builder, "llvm.fma.v16f32", F32x16.llvm, factor, vectors[v], tile[4 * r + v]))
-    return out
+@intrinsic
+def outer_add(typingctx, tile, column, stride, row):
+    """tile + the outer product of column[0], column[stride], ... (4 values) and row[0 : 64] (float32, F16 or BF16)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        tile, column, stride, row = args
+        vectors = [simd._load_f32(builder, sig.args[3].dtype, row, _index(16 * v)) for v in range(4)]
+        out = []
+        for r in range(4):
+            factor = simd._splat(builder, _scalar(builder, column, r, stride), F32x16.llvm)
+            for v in range(4):
+                old = builder.extract_value(tile, 4 * r + v)
+                out.append(simd._call(builder, "llvm.fma.v16f32", F32x16.llvm, factor, vectors[v], old))
+        return context.make_tuple(builder, _OUTER, out)
+
+    return _OUTER(_OUTER, _PF, types.int64, row), codegen
 
 
 @_tile_intrinsic(_OUTER, _PF, types.int64)
