@@ -75,6 +75,19 @@ def results(machine: Machine) -> dict[str, Array]:
             run("linear", x[:some], matrix, put(normal(6, 97)), None, out := machine.out(some, 97))
             keep(f"linear {matrix.data.dtype} {some}", out)
 
+    experts, choice = 6, machine.out(tokens, 2, dtype=np.int32)
+    run("route", put(normal(10, tokens, experts)), 1, choice, shares := machine.out(tokens, 2))
+    keep("route", choice, shares)
+    starts, source = machine.out(experts + 1, dtype=np.int32), machine.out(2 * tokens, dtype=np.int32)
+    run("group_by_expert", choice, starts, source, places := machine.out(tokens, 2, dtype=np.int32))
+    keep("group_by_expert", starts, source, places)
+    int8, exact = machine.matrix(normal(11, experts * 40, width), 64), Matrix(put(normal(11, experts * 40, width)))
+    for mixture, rows in [(int8, quantized[0]), (int8, quantized[1]), (exact, x)]:
+        run("linear_experts", rows, mixture, starts, source, mixed := machine.out(2 * tokens, 40))
+        keep(f"linear_experts {getattr(rows, 'planes', 0)}", mixed)
+    run("combine", mixed, places, shares, None, None, put(normal(12, tokens, 40)), out := machine.out(tokens, 40))
+    keep("combine", out)
+
     heads, kv_heads, head_dim = 16, 4, 20  # 320 values, which groups of 64 divide
     qkv = put(normal(7, tokens, (heads + 2 * kv_heads) * head_dim))
     angle = np.arange(200)[:, None] * 0.5 ** np.arange(head_dim // 2)

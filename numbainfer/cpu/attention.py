@@ -27,6 +27,7 @@ from numbainfer.quantization import QuantizedRows
 
 BLOCK = 32  # tokens of a task, at most
 QUERIES = 4  # queries in registers at a time
+TASKS = 16  # at least so many: not by the number of threads, so that results don't depend on it
 DIRECT_QUERIES = 8  # up to here the values of a page are read where they are instead of being widened first
 LOWEST = float32(-1e38)  # stands for the top of no scores: e^(-inf - LOWEST) is 0, e^(-inf + inf) is not a number
 
@@ -214,7 +215,7 @@ def attention(
         raise ValueError(f"attention: {tokens} tokens of {heads} heads of {head_dim} do not give {out.shape}")
     block = min(BLOCK, tokens)
     tasks = -(-tokens // block) * kv_heads
-    splits = -(-4 * stream.threads // tasks)  # about 4 tasks a thread, so that none waits long for the last
+    splits = -(-TASKS // tasks)
     # What lies between two launches: values to be quantized, what the splits found.
     plain = 0 if isinstance(out, np.ndarray) else tokens * width
     found = tokens * heads * splits * (2 + head_dim) if splits > 1 else 0
