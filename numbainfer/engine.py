@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -14,10 +14,12 @@ from numbainfer.generation import Generation, Reply, Statistics
 from numbainfer.kv_cache import Sequence
 from numbainfer.model import Model
 from numbainfer.sampling import SamplingParams
-from numbainfer.speculation import lookup
 from numbainfer.tokenizer import Tokenizer
 
 DEFAULT_CTX_SIZE = 4096  # positions, where the model allows as many
+Drafter = Callable[[list[int], int], list[int]]
+"""From the tokens so far, and a number: up to so many tokens that may follow."""
+
 DRAFTS = 3  # tokens that speculation guesses: with the one before them, what a step takes at the cost of little more
 # than one, and computes bit for bit as one after another (linear_int8.ROW_FORM_TOKENS)
 
@@ -26,7 +28,7 @@ class Engine:
     """A model and its tokenizer.
 
     The KV cache stays between calls: a prompt that begins as an earlier one did is computed from where they differ.
-    speculate: guess tokens that the text has said before, for the model to check several in one step.
+    drafter: guesses how a text goes on (speculation.py), for the model to check several tokens in one step.
     """
 
     def __init__(
@@ -35,12 +37,12 @@ class Engine:
         tokenizer: Tokenizer,
         eos_ids: tuple[int, ...] | None = None,
         *,
-        speculate: bool = False,
+        drafter: Drafter | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.eos_ids = set(tokenizer.eos_ids if eos_ids is None else eos_ids)
-        self.speculate = speculate
+        self.drafter = drafter
         # Those that no reply is using, the longest unused first. They keep their tokens for prompts that begin alike.
         self._idle = [model.cache.add_sequence() for _ in range(len(model.cache.page_table))]
         self._sequence = self._idle[0]  # of prefill, decode and logits
@@ -96,7 +98,7 @@ class Engine:
                     active.append(reply)
                 if not active:
                     raise NumbaInferError("all sequences of the KV cache are in use: end another reply first")
-                greedy = self.model.runs_ahead and not self.speculate and all(r.decodes_greedily for r in active)
+                greedy = self.model.runs_ahead and self.drafter is None and all(r.decodes_greedily for r in active)
                 for reply, piece in self._decode(active) if greedy else self._advance(active):
                     if piece:
                         yield reply, piece
@@ -145,8 +147,8 @@ class Engine:
         parts: list[tuple[Reply, list[int]]] = []  # tokens whose logits nobody wants
         ends: list[tuple[Reply, list[int]]] = []  # and those, after them, that others follow
         for reply in sorted(active, key=lambda reply: len(reply.pending)):
-            if self.speculate and len(active) == 1 and len(reply.pending) == 1:
-                self._guess(reply)
+            if self.drafter is not None and len(active) == 1 and len(reply.pending) == 1:
+                self._guess(reply, self.drafter)
             tokens = reply.pending[:room]
             room -= len(tokens)
             rows = 1 + reply.drafts if len(tokens) == len(reply.pending) else 0
@@ -168,11 +170,11 @@ class Engine:
             self.model.cache.truncate(reply.sequence, len(reply.sequence) - len(tokens) + used)
             yield reply, text
 
-    def _guess(self, reply: Reply) -> None:
+    def _guess(self, reply: Reply, drafter: Drafter) -> None:
         """Appends drafts to a reply's one pending token."""
         text = reply.generation.prompt + reply.generation.tokens
         room = min(DRAFTS, reply.left - 1, self.model.chunk - 1, self.ctx_size - len(text))
-        drafts = lookup(text, room)
+        drafts = drafter(text, room) if room > 0 else []
         reply.pending += drafts
         reply.drafts = len(drafts)
 

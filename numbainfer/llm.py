@@ -25,6 +25,7 @@ from numbainfer.generation import Generation, Reply
 from numbainfer.loading import LoadedModel, load
 from numbainfer.progress import Progress
 from numbainfer.sampling_params import SamplingParams
+from numbainfer.speculation import DraftModel, lookup
 
 Prompt: TypeAlias = "str | Sequence[int]"
 Messages: TypeAlias = "Sequence[Mapping[str, Any]]"
@@ -47,7 +48,8 @@ class LLM:
         threads: CPU threads; None for one per physical core.
         tokenizer: a tokenizer's file or directory, for a llama2.c .bin that has none beside it.
         speculate: guess what the text has said before and let the model check several tokens at once: the same text,
-            faster where it repeats itself (code that is edited, quotations).
+            faster where it repeats itself (code that is edited, quotations). Where one prompt runs alone.
+        draft: let a smaller model with the same vocabulary guess instead: what `model` can be.
         progress: called with (what is going on, how much is done, of how much) while the model is opened.
 
     Methods may be called from several threads; they take turns. All errors that a user can do something about are
@@ -67,21 +69,29 @@ class LLM:
         threads: int | None = None,
         tokenizer: str | Path | None = None,
         speculate: bool = False,
+        draft: str | Path | None = None,
         progress: Progress | None = None,
     ) -> None:
         if batch_size < 1:
             raise NumbaInferError(f"batch_size must be 1 or more, not {batch_size}")
+        run_on, options = Device.parse(device), SourceOptions(tokenizer=tokenizer)
+        self._loaded: LoadedModel | None = None
+        self._draft: LoadedModel | None = None
         with _COMPUTING:
-            self._loaded: LoadedModel | None = load(
+            self._loaded = load(
                 model,
-                device=Device.parse(device),
+                device=run_on,
                 ctx_size=ctx_size,
                 threads=threads,
-                source_options=SourceOptions(tokenizer=tokenizer),
+                source_options=options,
                 sequences=batch_size,
                 progress=progress,
             )
-        self._loaded.engine.speculate = speculate
+            engine = self._loaded.engine
+            engine.drafter = lookup if speculate else None
+            if draft is not None:
+                self._draft = load(draft, device=run_on, ctx_size=ctx_size, threads=threads, progress=progress)
+                engine.drafter = DraftModel(self._draft.engine, engine)
 
     @property
     def engine(self) -> Engine:
@@ -164,10 +174,11 @@ class LLM:
     def close(self) -> None:
         """Gives the memory back. A second call does nothing; every other method then raises NumbaInferError."""
         with _COMPUTING:
-            if self._loaded is not None:
-                self._loaded.engine.model.release()
-                self._loaded.engine.model.ops.pool.trim()
-                self._loaded = None
+            for loaded in (self._loaded, self._draft):
+                if loaded is not None:
+                    loaded.engine.model.release()
+                    loaded.engine.model.ops.pool.trim()
+            self._loaded = self._draft = None
 
     def __enter__(self) -> LLM:
         return self

@@ -22,7 +22,7 @@ from numbainfer.errors import NumbaInferError
 from numbainfer.generation import Generation, Reply
 from numbainfer.registry import Operators
 from numbainfer.sampling import SamplingParams
-from numbainfer.speculation import LONGEST, SHORTEST, lookup
+from numbainfer.speculation import LONGEST, SHORTEST, DraftModel, lookup
 
 CTX = 128
 TEXTS = [
@@ -207,7 +207,7 @@ def test_speculation_changes_nothing_but_the_number_of_steps(
     options: dict[str, Any], dtype: str, ops: Operators, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, guessing = build(ops, 1, dtype), build(ops, 1, dtype)
-    guessing.speculate = True
+    guessing.drafter = lookup
     steps = 0
     step = guessing.model.step
 
@@ -233,6 +233,36 @@ def test_speculation_changes_nothing_but_the_number_of_steps(
         if max_tokens == 60 and not options:
             assert s.accepted_tokens > 10
     assert guessing._idle[0].tokens == plain._idle[0].tokens or options  # after the drafts that were wrong
+
+
+def test_a_draft_model(ops: Operators, checkpoint_of: Checkpoints) -> None:
+    """The float32 model with its int8 form as the draft; and with itself, which guesses everything."""
+    plain, target = build(ops, 1), build(ops, 1)
+    prompt = plain.tokenizer.encode("Once upon a time")
+    for dtype in ("int8", "float32"):
+        draft = build(ops, 1, dtype)
+        target.drafter = DraftModel(draft, target)
+        for params in (
+            SamplingParams(max_tokens=90),
+            SamplingParams(max_tokens=40, temperature=0.6, seed=2),
+            SamplingParams(max_tokens=500),  # to the end of both contexts
+        ):
+            expected, generation = alone(plain, prompt, params), alone(target, prompt, params)
+            assert generation.tokens == expected.tokens
+            assert generation.finish_reason == expected.finish_reason
+        s = alone(target, prompt, SamplingParams(max_tokens=81)).statistics
+        assert s.accepted_tokens > 0.7 * s.drafted_tokens > 30
+        if dtype == "float32":
+            assert (s.drafted_tokens, s.accepted_tokens) == (60, 60)  # 1 + 20 steps of 4
+    short = build_engine(ops, stories260k(), ctx_size=32)
+    target.drafter = DraftModel(short, target)
+    assert (
+        alone(target, prompt, SamplingParams(max_tokens=90)).tokens
+        == alone(plain, prompt, SamplingParams(max_tokens=90)).tokens
+    )
+    other = build_engine(ops, source_weights(checkpoint_of("llama_int8")))
+    with pytest.raises(NumbaInferError, match="another vocabulary"):
+        DraftModel(other, target)
 
 
 def test_tokens_of_a_batch_in_any_number(ops: Operators) -> None:

@@ -236,6 +236,15 @@ def test_speculation_says_the_same() -> None:
     assert 0 < guessed["stats"]["accepted_tokens"] <= guessed["stats"]["drafted_tokens"]
 
 
+def test_a_draft_model_says_the_same(models: dict[str, Path]) -> None:
+    plain, guessed = (run(STORIES, "Once upon", "-n", 60, *draft) for draft in ((), ("--draft", STORIES)))
+    assert plain["tokens"] == guessed["tokens"]
+    assert guessed["stats"]["accepted_tokens"] > 30
+    assert "another vocabulary" in numbainfer("run", STORIES, "Once", "--draft", models["hf"]).error
+    assert numbainfer("run", STORIES, "Once", "--draft", "nowhere.gguf").error.startswith("nowhere.gguf: no such")
+    assert numbainfer("run", STORIES, "Once", "--draft", STORIES, "--speculate").code == 2
+
+
 def test_replies_of_a_given_form(tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 3}')

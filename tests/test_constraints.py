@@ -17,6 +17,7 @@ from numbainfer.engine import Engine
 from numbainfer.errors import NumbaInferError
 from numbainfer.registry import Operators
 from numbainfer.sampling import Sampler, SamplingParams
+from numbainfer.speculation import lookup
 from numbainfer.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance", reason="an optional dependency")
@@ -92,7 +93,7 @@ def test_marks_are_no_text(tokenizer: Tokenizer) -> None:
 def test_a_model_writes_what_it_must(speculate: bool, ops: Operators) -> None:
     """In the engine's loop, with a sentencepiece vocabulary, alone and several at once."""
     engine = build_engine(ops, stories260k(), ctx_size=128, eos_ids=(2,), sequences=3)
-    engine.speculate = speculate
+    engine.drafter = lookup if speculate else None
     prompt = engine.tokenizer.encode("Once upon a time")
     replies = [
         engine.reply(prompt, SamplingParams(regex=r" (a|b){2,30}c", temperature=1.5, seed=4)),

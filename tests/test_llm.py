@@ -252,6 +252,17 @@ def test_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
         assert llm.generate("Once upon a time", GREEDY).text.startswith(", there was")
 
 
+def test_guesses(llm: LLM, stories: Path) -> None:
+    text = "Tom had a red ball. Tom had a red ball. Tom had a"
+    expected = llm.generate(text, GREEDY)
+    for options in ({"speculate": True}, {"draft": stories}):
+        with LLM(stories, ctx_size=128, batch_size=2, **options) as guessing:  # type: ignore[arg-type]
+            told = guessing.generate(text, GREEDY)
+            assert told.tokens == expected.tokens
+            assert told.statistics.accepted_tokens > 5
+            assert [g.text for g in guessing.generate(TEXTS, GREEDY)] == [g.text for g in llm.generate(TEXTS, GREEDY)]
+
+
 def test_importing_is_light() -> None:
     program = "import sys, numbainfer; print({'numba', 'numpy', 'jinja2', 'tokenizers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
