@@ -54,6 +54,10 @@ def results(machine: Machine) -> dict[str, Array]:
         keep(name, out)
     run("argmax", x, out := machine.out(tokens, dtype=np.int32))
     keep("argmax", out)
+    there = put(np.arange(tokens, dtype=np.int32))
+    history = put(np.zeros((4, tokens), np.int32))
+    run("greedy", x, out := machine.out(tokens, dtype=np.int32), there, history)
+    keep("greedy", out, there, history)
     run("top_k", x, out := machine.out(tokens, 9), indices := machine.out(tokens, 9, dtype=np.int32))
     keep("top_k", out, indices)
     quantized = [machine.rows(tokens, width, 64, planes) for planes in (1, 2)]
