@@ -294,10 +294,14 @@ def stored_bytes(parameters: Sequence[Parameter], target: Target) -> int:
 def _shards(config: ModelConfig, target: Target) -> list[list[Parameter]]:
     """The parameters of each file; a stack is never torn apart."""
     shards: list[list[Parameter]] = [[]]
+    held = 0
     for group in parameter_groups(config):
-        if shards[-1] and stored_bytes([*shards[-1], *group], target) > SHARD_BYTES:
+        nbytes = stored_bytes(group, target)
+        if shards[-1] and held + nbytes > SHARD_BYTES:
             shards.append([])
+            held = 0
         shards[-1] += group
+        held += nbytes
     return shards
 
 
