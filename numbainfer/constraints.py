@@ -6,6 +6,7 @@ and the sampler. It is an optional dependency.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from functools import lru_cache
 from typing import Any
@@ -26,12 +27,9 @@ def constraint_of(
     """What the parameters ask of the text; None for nothing. Raises NumbaInferError where they don't make sense."""
     if params.json_schema is None and params.regex is None and params.grammar is None:
         return None
-    try:
-        from llguidance import LLMatcher
-    except ImportError as error:
-        raise NumbaInferError(
-            "a JSON schema, a regular expression or a grammar needs the package llguidance: pip install llguidance"
-        ) from error
+    require_library()
+    from llguidance import LLMatcher
+
     if params.json_schema is not None:
         name = "json_schema"
         schema = params.json_schema if isinstance(params.json_schema, str) else json.dumps(dict(params.json_schema))
@@ -46,6 +44,14 @@ def constraint_of(
         assert params.grammar is not None
         name, form = "grammar", LLMatcher.grammar_from_lark(params.grammar)
     return Constraint(name, LLMatcher(_vocabulary(tokenizer, eos_ids, vocab_size), form, log_level=0), vocab_size)
+
+
+def require_library() -> None:
+    """NumbaInferError where the library is missing."""
+    if importlib.util.find_spec("llguidance") is None:
+        raise NumbaInferError(
+            "a JSON schema, a regular expression or a grammar needs the package llguidance: pip install llguidance"
+        )
 
 
 class Constraint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import importlib.util
 import json
 import re
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from building import build_engine, stories260k
+from command import STORIES, numbainfer
 from tiny_tokenizers import byte_level
 
 from numbainfer.constraints import constraint_of
@@ -128,14 +129,10 @@ def test_forms_that_make_no_sense(form: dict[str, Any], problem: str, ops: Opera
 
 def test_without_the_library(ops: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Engine = build_engine(ops, stories260k(), ctx_size=128)
-    import_module = builtins.__import__
-
-    def missing(name: str, *arguments: Any) -> Any:
-        if name.startswith("llguidance"):
-            raise ImportError(name)
-        return import_module(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NumbaInferError, match="pip install llguidance"):
         engine.reply([1], SamplingParams(regex="a"))
     assert engine.reply([1], SamplingParams()).limit > 0
+    told = numbainfer("run", STORIES, "Once", "--regex", "a")
+    assert (told.code, "pip install llguidance" in told.error) == (1, True)
+    assert "loading" not in told.err

@@ -223,6 +223,7 @@ def run(
     from numbainfer.chat_loop import chat_loop
     from numbainfer.chat_session import Session, reply
     from numbainfer.console import announce_compilation, progress_bars
+    from numbainfer.constraints import require_library
     from numbainfer.loading import load, names_a_model, require_model
     from numbainfer.sampling import SamplingParams
     from numbainfer.speculation import DraftModel, lookup
@@ -240,6 +241,8 @@ def run(
         raise click.UsageError("--speculate and --draft are two ways to guess: give one")
     if interactive and as_json:
         raise click.UsageError("--json and --interactive don't go together")
+    if given.keys() & {"json_schema", "regex", "grammar"}:
+        require_library()
     if model is not None:
         require_model(model)  # before stdin is waited for
     if draft is not None:
