@@ -144,9 +144,14 @@ def kernel(
     return lambda function: Kernel(function, parameters, threads, blocks, hot=hot, fast=fast)
 
 
+_DEVICE_FUNCTIONS: list[Any] = []
+
+
 def device_function(function: Callable) -> Any:
     """Decorator: makes a function callable from kernels, into which the compiler inlines it."""
-    return cuda.jit(function, device=True)
+    made = cuda.jit(function, device=True)
+    _DEVICE_FUNCTIONS.append(made)
+    return made
 
 
 @contextmanager
@@ -155,7 +160,10 @@ def _compiling_for(capability: tuple[int, int]) -> Iterator[None]:
     which need not be there."""
     asked = dispatcher.get_current_device
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
-    ptx.target = capability
+    if ptx.target != capability:
+        ptx.target = capability
+        for function in _DEVICE_FUNCTIONS:  # compiled for another architecture
+            function.overloads.clear()
     try:
         yield
     finally:

@@ -38,23 +38,30 @@ def _emit(context: Any, builder: Any, text: str, results: list, arguments: list,
     constraints = ["=" + _CONSTRAINTS[r] for r in results] + [_CONSTRAINTS[a] for a in arguments]
     if effects:
         constraints.append("~{memory}")
+    attributes = ("convergent",) if effects else ()  # not to be copied into one side of a branch
     function = ir.FunctionType(kind, [value.type for value in values])
-    return builder.call(ir.InlineAsm(function, text, ",".join(constraints), side_effect=effects), values)
+    return builder.call(ir.InlineAsm(function, text, ",".join(constraints), side_effect=effects), values, attrs=attributes)
 
 
 def instruction(
-    text: str, result: Any, *arguments: Any, effects: bool = True, minimum: tuple[int, int] = (8, 0)
+    text: str,
+    result: Any,
+    *arguments: Any,
+    effects: bool = True,
+    minimum: tuple[int, int] = (8, 0),
+    only: tuple[int, int] | None = None,
 ) -> Any:
     """Decorator: a function whose body is `text`, with $0, $1 ... for results and then arguments.
 
     result: a type, a UniTuple, or types.void. effects: it reads or writes memory that others write, or has to stay
-    where it is; False lets the compiler move, merge or drop it. Below `minimum` it does nothing.
+    where it is; False lets the compiler move, merge or drop it. Below `minimum`, and where it is
+    not `only`, it does nothing.
     """
     results = [] if result == types.void else list(result.types) if isinstance(result, types.BaseTuple) else [result]
 
     def decorate(body: Callable) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            if target < minimum:
+            if target < minimum or only not in (None, target):
                 return context.get_dummy_value()
             out = _emit(context, builder, text, results, list(arguments), list(values), effects=effects)
             if not results:
@@ -120,6 +127,26 @@ def load_constant_u16(address):
 @instruction("ld.global.nc.f32 $0, [$1];", f32, i64)
 def load_constant_f32(address):
     """4 bytes that nobody writes while the kernel runs."""
+
+
+@instruction("ld.global.f32 $0, [$1];", f32, i64)
+def load_f32(address):
+    """4 bytes of activations."""
+
+
+@instruction("ld.global.v2.f32 {$0, $1}, [$2];", _f32x2, i64)
+def load_f32x2(address):
+    """8 bytes of activations."""
+
+
+@instruction("st.global.f32 [$0], $1;", types.void, i64, f32)
+def store_f32(address, value):
+    """4 bytes of activations."""
+
+
+@instruction("st.global.v4.b32 [$0], {$1, $2, $3, $4};", types.void, i64, i32, i32, i32, i32)
+def store_i32x4(address, a, b, c, d):
+    """16 bytes, as words."""
 
 
 @instruction("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", _f32x4, i64)
@@ -191,6 +218,11 @@ def shared_store_i32x4(address, a, b, c, d):
 @instruction("cp.async.cg.shared.global.L2::256B [$0], [$1], 16;", types.void, i32, i64)
 def copy_async_16(to, source):
     """Starts copying 16 bytes past L1, both ends aligned to 16."""
+
+
+@instruction("cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;", types.void, i32, i64, i32)
+def copy_async_16_or_zeros(to, source, size):
+    """The same, of the first `size` bytes; zeros for the rest."""
 
 
 @instruction("cp.async.ca.shared.global [$0], [$1], 4;", types.void, i32, i64)
@@ -274,6 +306,34 @@ def reciprocal(value):
 @instruction("prmt.b32 $0, $1, $2, $3;", i32, i32, i32, i32, effects=False)
 def permute(a, b, selector):
     """Four bytes chosen out of the eight of a (0 to 3) and b (4 to 7), one per hexadecimal digit of the selector."""
+
+
+# --- pairs of float16 --------------------------------------------------------------------------------------------
+
+
+@instruction("mov.b32 $0, {$1, $1};", i32, u16, effects=False)
+def double_half(bits):
+    """A float16 in both halves of a word."""
+
+
+@instruction("sub.rn.f16x2 $0, $1, $2;", i32, i32, i32, effects=False)
+def subtract_halves(a, b):
+    """a - b, for two float16 in a word."""
+
+
+@instruction("mul.rn.f16x2 $0, $1, $2;", i32, i32, i32, effects=False)
+def multiply_halves(a, b):
+    """a * b, for two float16 in a word."""
+
+
+@instruction(
+    "{ .reg .f32 a, b; min.f32 a, $1, 0f477FE000; max.f32 a, a, 0fC77FE000; min.f32 b, $2, 0f477FE000; "
+    "max.f32 b, b, 0fC77FE000; cvt.rn.f16x2.f32 $0, b, a; }",
+    *(i32, f32, f32),
+    effects=False,
+)
+def pack_halves(first, second):
+    """Two numbers as float16 in a word, the first in its lower half: to nearest even, saturated at 65504."""
 
 
 # --- between blocks and kernels ----------------------------------------------------------------------------------

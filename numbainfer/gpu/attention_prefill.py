@@ -1,0 +1,343 @@
+"""Causal attention for many tokens of a sequence, on tensor cores: FlashAttention-2 (Dao 2023) over the paged cache.
+
+A block takes ROWS queries of one key/value head: all its query heads of token 0, then of token 1, and so on, 64 to a
+warpgroup. It walks the pages that its tokens see. A page's keys and values come to shared memory with asynchronous copies
+while the page before is worked on; scores, weights and values stay in registers, in fragments (fragments.py): weights
+in float16, all sums in float32.
+
+Tokens of several sequences may meet in a block: then it walks the pages of each run of tokens of one sequence in turn,
+and masks the others' scores.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba import cuda
+from numpy import float32, int32, int64
+
+from numbainfer.gpu.compile import Kernel, device_function, family, kernel
+from numbainfer.gpu.fragments import (
+    as_left_matrix,
+    finished,
+    largest,
+    mask,
+    multiply,
+    power,
+    scale_rows,
+    store_row,
+    store_row_halves,
+    total,
+    zeros,
+)
+from numbainfer.gpu.half_rows import HalfRows
+from numbainfer.gpu.launch import Stream
+from numbainfer.gpu.memory import DeviceArray
+from numbainfer.gpu.pipeline import fence_for_copies
+from numbainfer.gpu.ptx import (
+    address,
+    copy_async_16_or_zeros,
+    copy_async_commit,
+    copy_async_wait,
+    exp2,
+    load_f32x2,
+    pack_halves,
+    shared_address,
+    shared_store_i32,
+    wait_for_previous_kernel,
+)
+
+PAGE = 64
+ROWS = 128  # queries of a block
+THREADS = 256
+STAGES = 2  # pages in shared memory
+NEVER = 1 << 30
+_copied = copy_async_wait(STAGES - 2)
+
+
+@device_function
+def _quad_max(value):
+    """The largest of the four lanes that share a row."""
+    value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, 1))
+    return max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, 2))
+
+
+@device_function
+def _quad_sum(value):
+    value += cuda.shfl_xor_sync(0xFFFFFFFF, value, 1)
+    return value + cuda.shfl_xor_sync(0xFFFFFFFF, value, 2)
+
+
+@family((64, True), (128, True), (96, False), (72, False), (256, False))
+def _attention(head_dim: int, halves: bool) -> Kernel:
+    """halves: the result goes to HalfRows."""
+    blocks = -(-head_dim // 64)  # of 64 columns of a head; the last may be narrower
+    last = head_dim - 64 * (blocks - 1)
+    tile_bytes = int32(PAGE * 128)  # of 64 columns of a page
+    stage_bytes = int32(2 * blocks * PAGE * 128)
+    chunks = head_dim // 8  # of a key
+    one, four = int32(1), int32(4)
+
+    score, last_score = multiply(PAGE), multiply(PAGE, -(-last // 16))
+    weigh, weigh_last = multiply(64, transposed=True), multiply(last, transposed=True)
+    no_scores, nothing, nothing_last = zeros(PAGE), zeros(64), zeros(last)
+    scored, done, done_last = finished(PAGE), finished(64), finished(last)
+    keep, top, powers, sums = mask(PAGE), largest(PAGE), power(PAGE), total(PAGE)
+    scale_64, scale_last = scale_rows(64), scale_rows(last)
+    put, put8, put_last, put_last8 = (store_row(w, i) for w in (64, last) for i in (0, 1))
+    put_h, put_h8, put_last_h, put_last_h8 = (store_row_halves(w, i) for w in (64, last) for i in (0, 1))
+
+    @device_function
+    def pair(at, column, scale):
+        """Columns column and column + 1 of a query, scaled, as float16."""
+        if column < head_dim:
+            a, b = load_f32x2(at + 4 * column)
+            return pack_halves(a * scale, b * scale)
+        return int32(0)
+
+    @device_function
+    def queries(at, at8, column, scale):
+        """64 columns of a thread's two queries, as the left matrix of a product."""
+        a0, a1 = pair(at, column, scale), pair(at8, column, scale)
+        a2, a3 = pair(at, column + 8, scale), pair(at8, column + 8, scale)
+        b0, b1 = pair(at, column + 16, scale), pair(at8, column + 16, scale)
+        b2, b3 = pair(at, column + 24, scale), pair(at8, column + 24, scale)
+        c0, c1 = pair(at, column + 32, scale), pair(at8, column + 32, scale)
+        c2, c3 = pair(at, column + 40, scale), pair(at8, column + 40, scale)
+        d0, d1 = pair(at, column + 48, scale), pair(at8, column + 48, scale)
+        d2, d3 = pair(at, column + 56, scale), pair(at8, column + 56, scale)
+        return a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
+
+    @device_function
+    def ask(k_pages, v_pages, page_id, kv_heads, g, stage, length):
+        """Starts the copies of a page's keys and values; zeros for those at `length` and beyond."""
+        start = (int64(page_id) * kv_heads + g) * (PAGE * head_dim * 2)
+        k, v = address(k_pages) + start, address(v_pages) + start
+        piece = int32(cuda.threadIdx.x)
+        while piece < int32(PAGE * chunks):
+            key = piece // int32(chunks)
+            chunk = piece - key * int32(chunks)
+            place = stage + (chunk >> int32(3)) * tile_bytes + key * int32(128) + ((chunk ^ key) & int32(7)) * int32(16)
+            size = int32(16) if key < length else int32(0)
+            copy_async_16_or_zeros(place, k + int64(piece) * 16, size)
+            copy_async_16_or_zeros(place + int32(blocks) * tile_bytes, v + int64(piece) * 16, size)
+            piece += int32(THREADS)
+
+    @kernel(
+        "f32p i32 i32 f32 i32 i32p i32p u16p u16p i32p i32 f32p u16p i32 i32",
+        threads=THREADS, blocks=2 if head_dim in (32, 64) else 1, hot=True, fast=True,
+    )  # fmt: skip
+    def attention_prefill(
+        qkv, heads, kv_heads, scale, window, positions, sequences, k_pages, v_pages, page_table, pages_per_sequence,
+        out, out_halves, out_rows, tokens,
+    ):  # fmt: skip
+        facts = cuda.shared.array(4, int32)  # of a run: where the next begins, least and largest position
+        dynamic = cuda.shared.array(0, int32)
+        stages_at = (shared_address(dynamic) + int32(1023)) & int32(-1024)
+        thread = int32(cuda.threadIdx.x)
+        warp, lane = thread >> int32(5), thread & int32(31)
+        row_in_quad, t2 = lane >> int32(2), (lane & int32(3)) << one
+        shared = heads // kv_heads
+        g = int32(cuda.blockIdx.y)
+        # the last tokens see most: they begin first
+        first_row = (int32(cuda.gridDim.x) - one - int32(cuda.blockIdx.x)) * int32(ROWS)
+        rows = min(tokens * shared - first_row, int32(ROWS))
+        row = min(int32(16) * warp + row_in_quad, rows - one)
+        row8 = min(int32(16) * warp + row_in_quad + int32(8), rows - one)
+        token, token8 = (first_row + row) // shared, (first_row + row8) // shared
+        head, head8 = g * shared + (first_row + row) % shared, g * shared + (first_row + row8) % shared
+        if head_dim % 16:  # columns up to the next 16 take part in products
+            piece = thread
+            while piece < int32(STAGES) * (stage_bytes >> int32(2)):
+                shared_store_i32(stages_at + piece * four, int32(0))
+                piece += int32(THREADS)
+            cuda.syncthreads()
+        wait_for_previous_kernel()
+        at = address(qkv) + (int64(token) * (heads + 2 * kv_heads) + head) * (4 * head_dim)
+        at8 = address(qkv) + (int64(token8) * (heads + 2 * kv_heads) + head8) * (4 * head_dim)
+        factor = scale * float32(1.4426950408889634)  # powers of 2 from here on
+        q0 = queries(at, at8, t2, factor)
+        q1 = queries(at, at8, t2 + int32(64), factor)
+        o0, o1, o2, o_last = nothing(), nothing(), nothing(), nothing_last()
+        position, position8 = positions[token], positions[token8]
+        sequence, sequence8 = sequences[token], sequences[token8]
+        highest, highest8 = float32(-1e30), float32(-1e30)
+        sum_g, sum_g8 = float32(0), float32(0)
+
+        run = first_row // shared
+        end = (first_row + rows - one) // shared + one
+        while run < end:
+            here = sequences[run]
+            if thread == 0:
+                facts[0], facts[1], facts[2] = end, int32(NEVER), int32(-1)
+            cuda.syncthreads()
+            mine, mine8 = sequence == here and token >= run, sequence8 == here and token8 >= run
+            if lane & int32(3) == 0:
+                if not mine and token >= run:
+                    cuda.atomic.min(facts, 0, token)
+                if not mine8 and token8 >= run:
+                    cuda.atomic.min(facts, 0, token8)
+            cuda.syncthreads()
+            next_run = facts[0]
+            mine, mine8 = mine and token < next_run, mine8 and token8 < next_run
+            if lane & int32(3) == 0:
+                if mine:
+                    cuda.atomic.min(facts, 1, position)
+                    cuda.atomic.max(facts, 2, position)
+                if mine8:
+                    cuda.atomic.min(facts, 1, position8)
+                    cuda.atomic.max(facts, 2, position8)
+            cuda.syncthreads()
+            least, most = facts[1], facts[2]
+            alone = next_run - run == end - first_row // shared
+            low = position - window + one if window > 0 else int32(0)
+            low8 = position8 - window + one if window > 0 else int32(0)
+            first_page = max(int32(0), least - window + one) >> int32(6) if window > 0 else int32(0)
+            last_page = most >> int32(6)
+            table = int64(here) * pages_per_sequence
+            ask(k_pages, v_pages, page_table[table + first_page], kv_heads, g, stages_at, most + one - first_page * int32(PAGE))
+            copy_async_commit()
+            stage = int32(0)
+            page = first_page
+            while page <= last_page:
+                _copied()
+                fence_for_copies()
+                cuda.syncthreads()
+                memory = stages_at + stage * stage_bytes
+                stage = one - stage
+                if page < last_page:
+                    following = page + one
+                    ask(
+                        k_pages, v_pages, page_table[table + following], kv_heads, g, stages_at + stage * stage_bytes,
+                        most + one - following * int32(PAGE),
+                    )  # fmt: skip
+                copy_async_commit()
+
+                s = no_scores()
+                if blocks <= 2:
+                    if blocks == 2:
+                        s = score(s, q0, memory, lane)
+                    s = scored(last_score(s, q0 if blocks == 1 else q1, memory + int32(blocks - 1) * tile_bytes, lane))
+                else:  # no registers to keep the queries in
+                    s = scored(score(s, queries(at, at8, t2, factor), memory, lane))
+                    s = scored(score(s, queries(at, at8, t2 + int32(64), factor), memory + tile_bytes, lane))
+                    if blocks == 4:
+                        third = queries(at, at8, t2 + int32(128), factor)
+                        s = scored(score(s, third, memory + int32(2) * tile_bytes, lane))
+                    fourth = queries(at, at8, t2 + int32(64 * (blocks - 1)), factor)
+                    s = scored(last_score(s, fourth, memory + int32(blocks - 1) * tile_bytes, lane))
+                first_key = page * int32(PAGE)
+                if not alone or first_key + int32(PAGE - 1) > least or (window > 0 and first_key < most - window + one):
+                    high = position - first_key if mine else int32(-1)
+                    high8 = position8 - first_key if mine8 else int32(-1)
+                    s = keep(s, t2, low - first_key, high, low8 - first_key, high8)
+
+                page_top, page_top8 = top(s)
+                new, new8 = max(highest, _quad_max(page_top)), max(highest8, _quad_max(page_top8))
+                decay, decay8 = exp2(highest - new), exp2(highest8 - new8)
+                highest, highest8 = new, new8
+                p = powers(s, new, new8)
+                page_sum, page_sum8 = sums(p)
+                sum_g, sum_g8 = sum_g * decay + page_sum, sum_g8 * decay8 + page_sum8
+                weights = as_left_matrix(p)
+                values = memory + int32(blocks) * tile_bytes
+                if blocks > 1:
+                    o0 = weigh(scale_64(o0, decay, decay8), weights, values, lane)
+                if blocks > 2:
+                    o1 = weigh(scale_64(o1, decay, decay8), weights, values + tile_bytes, lane)
+                if blocks > 3:
+                    o2 = weigh(scale_64(o2, decay, decay8), weights, values + int32(2) * tile_bytes, lane)
+                o_last = weigh_last(scale_last(o_last, decay, decay8), weights, values + int32(blocks - 1) * tile_bytes, lane)
+                if blocks > 1:
+                    o0 = done(o0)
+                if blocks > 2:
+                    o1 = done(o1)
+                if blocks > 3:
+                    o2 = done(o2)
+                o_last = done_last(o_last)
+                page += one
+            cuda.syncthreads()
+            run = next_run
+
+        inverse, inverse8 = float32(1) / _quad_sum(sum_g), float32(1) / _quad_sum(sum_g8)
+        o_last = scale_last(o_last, inverse, inverse8)
+        inside = int32(16) * warp + row_in_quad < rows
+        inside8 = int32(16) * warp + row_in_quad + int32(8) < rows
+        column, column8 = head * int32(head_dim) + t2, head8 * int32(head_dim) + t2
+        to = address(out) + (int64(token) * heads * head_dim + column) * 4
+        to8 = address(out) + (int64(token8) * heads * head_dim + column8) * 4
+        data, far = address(out_halves), int32(64 * (blocks - 1))
+        if blocks > 1:
+            o0 = scale_64(o0, inverse, inverse8)
+        if blocks > 2:
+            o1 = scale_64(o1, inverse, inverse8)
+        if blocks > 3:
+            o2 = scale_64(o2, inverse, inverse8)
+        if halves:
+            if inside:
+                if blocks > 1:
+                    put_h(o0, data, out_rows, token, column)
+                if blocks > 2:
+                    put_h(o1, data, out_rows, token, column + int32(64))
+                if blocks > 3:
+                    put_h(o2, data, out_rows, token, column + int32(128))
+                put_last_h(o_last, data, out_rows, token, column + far)
+            if inside8:
+                if blocks > 1:
+                    put_h8(o0, data, out_rows, token8, column8)
+                if blocks > 2:
+                    put_h8(o1, data, out_rows, token8, column8 + int32(64))
+                if blocks > 3:
+                    put_h8(o2, data, out_rows, token8, column8 + int32(128))
+                put_last_h8(o_last, data, out_rows, token8, column8 + far)
+        else:
+            if inside:
+                if blocks > 1:
+                    put(o0, to)
+                if blocks > 2:
+                    put(o1, to + 256)
+                if blocks > 3:
+                    put(o2, to + 512)
+                put_last(o_last, to + 4 * far)
+            if inside8:
+                if blocks > 1:
+                    put8(o0, to8)
+                if blocks > 2:
+                    put8(o1, to8 + 256)
+                if blocks > 3:
+                    put8(o2, to8 + 512)
+                put_last8(o_last, to8 + 4 * far)
+
+    return attention_prefill
+
+
+def attention_prefill(
+    stream: Stream,
+    qkv: DeviceArray,
+    heads: int,
+    scale: float,
+    window: int,
+    positions: DeviceArray,
+    sequences: DeviceArray,
+    k_pages: DeviceArray,
+    v_pages: DeviceArray,
+    page_table: DeviceArray,
+    out: DeviceArray | HalfRows,
+) -> None:
+    """See registry.attention; float16 pages, and a head size for which `serves` says yes."""
+    (_, kv_heads, _, head_dim), tokens = k_pages.shape, qkv.shape[0]
+    halves = isinstance(out, HalfRows)
+    stream.launch(
+        _attention(head_dim, halves),
+        *((-(-tokens * (heads // kv_heads) // ROWS), kv_heads), qkv, heads, kv_heads, scale, window),
+        *(positions, sequences, k_pages, v_pages, page_table, page_table.shape[1]),
+        *((None, out.data, out.rows) if halves else (out, None, 0)),
+        tokens,
+        shared=STAGES * 2 * -(-head_dim // 64) * PAGE * 128 + 1024,
+    )
+
+
+def serves(head_dim: int) -> bool:
+    """Whether there is a kernel for this head size."""
+    return head_dim % 8 == 0 and 32 <= head_dim <= 128

@@ -1,0 +1,436 @@
+"""out = x @ W.T on tensor cores: for prompts, and for the tokens of several sequences at once.
+
+Weights are widened to float16 in registers, int8 ones times their group's scale, and meet float16 activations
+(half_rows.py) in products that add up in float32. That costs 2^-12 of each value on both sides, a tenth and less of
+what int8 weights cost, where 8-bit activations would cost as much again.
+
+The weights are the left matrix: 16 of their rows to a warp, `width` tokens. They go from global memory straight into
+the registers where the tensor cores want them, 16 columns of a row to a thread, while the tokens' tile comes through
+shared memory, brought by a warp that does nothing else. On sm_90 the products are `wgmma` (64 rows, a warpgroup,
+running while the next weights are widened), elsewhere `mma.sync`; the numbers lie in the same registers either way.
+
+A block has two warpgroups of `subtiles` * 64 rows each, and takes tiles of the result in turn. Where there are fewer
+tiles than multiprocessors, the columns are split among `splits` blocks; the last to finish adds up what all left in
+memory, in order, so that results do not change from run to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from numba import cuda
+from numpy import float32, int32, int64, uint32
+
+from numbainfer.gpu.compile import Kernel, device_function, family, kernel
+from numbainfer.gpu.fragments import (
+    add_spilled,
+    finished,
+    halves_to_shared,
+    multiply,
+    scale_and_shift,
+    scale_rows,
+    silu_times,
+    spill,
+    to_shared,
+    wait_for_products,
+    zeros,
+)
+from numbainfer.gpu.half_rows import BLOCK, HalfRows
+from numbainfer.gpu.launch import Stream
+from numbainfer.gpu.memory import DeviceArray
+from numbainfer.gpu.pipeline import (
+    barrier_arrive,
+    barrier_init,
+    barrier_wait,
+    fence_for_copies,
+    fetch,
+    fetch_arrivals,
+    fewer_registers,
+    more_registers,
+    synchronize_threads,
+)
+from numbainfer.gpu.ptx import (
+    address,
+    double_half,
+    fetch_add,
+    load_constant_u16,
+    load_f32,
+    load_weights,
+    multiply_halves,
+    permute,
+    shared_address,
+    shared_f32,
+    shared_i32,
+    shared_i32x4,
+    shared_store_i32,
+    store_f32,
+    store_i32x4,
+    subtract_halves,
+    wait_for_previous_kernel,
+)
+from numbainfer.quantization import QuantizedMatrix
+
+CONSUMERS = 256  # threads: two warpgroups; beside them, a warp that copies
+COLUMN_BYTES = 68 * 4  # of a token in the finished tile: 64 rows of W, and 4 so that no two lanes meet in a bank
+
+
+def _stages(width: int) -> int:
+    """How many tiles of tokens are in shared memory or on their way."""
+    return 6 if width == 128 else 8
+
+
+@device_function
+def _widen_word(word, scale):
+    """Four int8 times a float16 scale (twice in a word): two words of two float16 each, rounded once.
+
+    A byte b + 128 under the exponent 0x64 is the float16 1024 + b + 128.
+    """
+    unsigned = word ^ int32(-2139062144)  # 0x80808080
+    low = subtract_halves(permute(unsigned, int32(0x64646464), int32(0x4140)), int32(0x64806480))
+    high = subtract_halves(permute(unsigned, int32(0x64646464), int32(0x4342)), int32(0x64806480))
+    return multiply_halves(low, scale), multiply_halves(high, scale)
+
+
+@device_function
+def _widen(top, bottom, top_scale, bottom_scale):
+    """16 int8 of row g and of row g + 8 to the words of four products: per product g, g + 8 in its first 8 columns,
+    g, g + 8 in its last 8."""
+    a0, a2 = _widen_word(top[0], top_scale)
+    a1, a3 = _widen_word(bottom[0], bottom_scale)
+    b0, b2 = _widen_word(top[1], top_scale)
+    b1, b3 = _widen_word(bottom[1], bottom_scale)
+    c0, c2 = _widen_word(top[2], top_scale)
+    c1, c3 = _widen_word(bottom[2], bottom_scale)
+    d0, d2 = _widen_word(top[3], top_scale)
+    d1, d3 = _widen_word(bottom[3], bottom_scale)
+    return a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
+
+
+@device_function
+def _load_scale(scales, column, shift):
+    """The scale of a row's group, twice in a word. scales: the address of the row's scales."""
+    return double_half(load_constant_u16(scales + 2 * (column >> shift)))
+
+
+@device_function
+def _last(value, limit):
+    """value, or limit - 1 where it is beyond."""
+    return value if value < limit else limit - 1
+
+
+@family((128, 2, 1, False), (128, 2, 1, True), (128, 1, 1, False), (64, 1, 2, False), (32, 1, 4, False), (32, 2, 2, True))
+def _linear(width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
+    """width: tokens of a tile. depth: how many blocks of 64 columns weights are loaded ahead. gated: W's rows are gate
+    and up, and the result silu(gate) * up as HalfRows."""
+    roomy = subtiles == 2  # more registers than an even share, which sm_90 knows how to deal
+    stages = _stages(width)
+    one, eight, sixteen = int32(1), int32(8), int32(16)  # Numba counts in 64 bits otherwise, which costs registers
+    zero, product, done = zeros(width), multiply(width), finished(width)
+    spill_tile, add_tile, put, put_halves = spill(width), add_spilled(width), to_shared(width, COLUMN_BYTES), halves_to_shared(width)
+    affine, times_rows, gate = scale_and_shift(width), scale_rows(width), silu_times(width)
+    block_rows = 128 if gated else 128 * subtiles  # rows of the result
+    partial_bytes = subtiles * CONSUMERS * width * 2
+    stage_bytes, tile_bytes = int32(width * 2 * BLOCK), int32(width * COLUMN_BYTES)
+    width, stages, block_rows = int32(width), int32(stages), int32(block_rows)
+
+    @device_function
+    def locate(item, token_tiles, splits):
+        """Of a work item: its first token, which part of the columns, and which tile of rows."""
+        above = uint32(item) // uint32(token_tiles)
+        token = uint32(item) - above * uint32(token_tiles)
+        row_tile = above // uint32(splits)
+        return int32(token) * width, int32(above - row_tile * uint32(splits)), int32(row_tile)
+
+    @device_function
+    def part(blocks, split, splits):
+        """Where a part of the columns begins."""
+        return int32(uint32(blocks) * uint32(split) // uint32(splits))
+
+    if subtiles == 1:
+
+        @device_function
+        def load_block(at, block, t, last_column, shift):
+            """A thread's weights and their scales, of 64 columns: 16 columns of row g, and of row g + 8."""
+            column = min(block * int32(BLOCK) + sixteen * t, last_column)
+            w0, w1 = load_weights(at[0] + column), load_weights(at[2] + column)
+            return w0, _load_scale(at[1], column, shift), w1, _load_scale(at[3], column, shift)
+    else:
+
+        @device_function
+        def load_block(at, block, t, last_column, shift):
+            """The same for the rows of two subtiles."""
+            column = min(block * int32(BLOCK) + sixteen * t, last_column)
+            w0, w1 = load_weights(at[0] + column), load_weights(at[2] + column)
+            w2, w3 = load_weights(at[4] + column), load_weights(at[6] + column)
+            s0, s1 = _load_scale(at[1], column, shift), _load_scale(at[3], column, shift)
+            s2, s3 = _load_scale(at[5], column, shift), _load_scale(at[7], column, shift)
+            return w0, s0, w1, s1, w2, s2, w3, s3
+
+    if depth == 1:
+
+        @device_function
+        def first_loads(at, block, t, last_column, shift):
+            return (load_block(at, block, t, last_column, shift),)
+    elif depth == 2:
+
+        @device_function
+        def first_loads(at, block, t, last_column, shift):
+            now = load_block(at, block, t, last_column, shift)
+            return now, load_block(at, block + one, t, last_column, shift)
+    else:
+
+        @device_function
+        def first_loads(at, block, t, last_column, shift):
+            now = load_block(at, block, t, last_column, shift)
+            second = load_block(at, block + one, t, last_column, shift)
+            third = load_block(at, block + int32(2), t, last_column, shift)
+            return now, second, third, load_block(at, block + int32(3), t, last_column, shift)
+
+    @device_function
+    def copy_tiles(x, x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, lane):
+        """The copying warp: brings the tokens' tiles, stage after stage."""
+        stage, phase = int32(0), int32(1)
+        item = int32(cuda.blockIdx.x)
+        while item < items:
+            token, split, _ = locate(item, token_tiles, splits)
+            item += int32(cuda.gridDim.x)
+            first, end = part(blocks, split, splits), part(blocks, split + one, splits)
+            source = x + int64(first * x_rows + token) * (2 * BLOCK)
+            for _ in range(first, end):
+                barrier_wait(empty + eight * stage, phase)
+                fetch(stages_at + stage * stage_bytes, source, stage_bytes, full + eight * stage, lane)
+                source += int64(x_rows) * (2 * BLOCK)
+                stage += one
+                if stage == stages:
+                    stage, phase = int32(0), phase ^ one
+
+    @device_function
+    def store_tile(acc, tile, warp, lane, residual, out, first_row, N, first_token, T):
+        """A warpgroup's finished 64 rows: through shared memory, so that neighbours in memory are written together."""
+        g, t, name = lane >> int32(2), lane & int32(3), one + (warp >> int32(2))
+        put(acc, tile + t * int32(2 * COLUMN_BYTES) + (sixteen * (warp & int32(3)) + g) * int32(4))
+        synchronize_threads(name, 128)
+        token = warp & int32(3)
+        to, add = address(out), address(residual)
+        here = (int64(first_token + token) * N + first_row + lane) * 4
+        source = tile + token * int32(COLUMN_BYTES) + lane * int32(4)
+        while token < width and first_token + token < T:
+            for half in range(2):
+                if first_row + lane + half * 32 < N:
+                    value = shared_f32(source + half * 128)
+                    if add != 0:
+                        value += load_f32(add + here + half * 128)
+                    store_f32(to + here + half * 128, value)
+            token += int32(4)
+            source += int32(4 * COLUMN_BYTES)
+            here += int64(N) * 16
+        synchronize_threads(name, 128)
+
+    @device_function
+    def store_halves(acc, tile, warp, lane, out, out_rows, first_row, N, first_token):
+        """A warpgroup's finished 64 rows as a tile of HalfRows."""
+        g, name, place = lane >> int32(2), one + (warp >> int32(2)), warp & int32(3)
+        put_halves(acc, tile + int32(4) * place + int32(2) * (g & one), g >> one, lane & int32(3))
+        synchronize_threads(name, 128)
+        if first_row < N:
+            to = address(out) + (int64(first_row >> int32(6)) * out_rows + first_token) * (2 * BLOCK)
+            offset = sixteen * (int32(32) * place + lane)
+            while offset < stage_bytes:
+                words = shared_i32x4(tile + offset)
+                store_i32x4(to + offset, words[0], words[1], words[2], words[3])
+                offset += int32(16 * 128)
+        synchronize_threads(name, 128)
+
+    @kernel(
+        "i8p u16p i32 u16p i32 f32 f32p f32p f32p u16p i32 f32 i32 i32 i32 i32 f32p i32p", threads=CONSUMERS + (128 if roomy else 32), blocks=1, hot=True, fast=True
+    )
+    def linear_mma(
+        codes, scales, shift, x, x_rows, factor, bias, residual, out, out_halves, out_rows, out_inverse, N, D, T, splits, partial, counters
+    ):
+        shared = cuda.shared.array(0, int32)
+        stages_at = (shared_address(shared) + int32(1023)) & int32(-1024)
+        tiles_at = stages_at + stages * stage_bytes
+        full = tiles_at + int32(2) * tile_bytes
+        empty = full + eight * stages
+        arrived = empty + eight * stages
+        thread = int32(cuda.threadIdx.x)
+        warp, lane = thread >> int32(5), thread & int32(31)
+        blocks = (D + int32(BLOCK - 1)) >> int32(6)
+        token_tiles = (T + width - one) // width
+        items = (N + block_rows - one) // block_rows * splits * token_tiles
+        if thread == 0:
+            for stage in range(stages):
+                barrier_init(full + 8 * stage, fetch_arrivals())
+                barrier_init(empty + 8 * stage, CONSUMERS // 32)
+            fence_for_copies()
+        cuda.syncthreads()
+        wait_for_previous_kernel()
+        if warp >= CONSUMERS // 32:
+            if roomy:  # registers are dealt by warpgroup, so there are three idle warps beside the one that copies
+                fewer_registers()
+            if warp == CONSUMERS // 32:
+                copy_tiles(address(x), x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, lane)
+            return
+
+        if roomy:
+            more_registers()
+        group, g, t = warp >> int32(2), lane >> int32(2), lane & int32(3)
+        tile = tiles_at + group * tile_bytes
+        rows = 2 * N if gated else N
+        groups = D >> shift
+        last_column = D - sixteen  # beyond D: any weights will do, the activations are zeros there
+        stage, phase, emptied = int32(0), int32(0), empty
+        item = int32(cuda.blockIdx.x)
+        while item < items:
+            first_token, split, row_tile = locate(item, token_tiles, splits)
+            item += int32(cuda.gridDim.x)
+            first, end = part(blocks, split, splits), part(blocks, split + one, splits)
+            first_row = row_tile * block_rows + group * int32(64 if gated else 64 * subtiles)
+            row = first_row + sixteen * (warp & int32(3)) + g
+            second = N if gated else int32(64)  # from a row to its partner in the other subtile
+            r0, r1 = _last(row, rows), _last(row + eight, rows)
+            r2, r3 = _last(row + second, rows), _last(row + second + eight, rows)
+            w0, w1 = address(codes) + int64(r0) * D, address(codes) + int64(r1) * D
+            w2, w3 = address(codes) + int64(r2) * D, address(codes) + int64(r3) * D
+            s0, s1 = address(scales) + int64(r0) * groups * 2, address(scales) + int64(r1) * groups * 2
+            s2, s3 = address(scales) + int64(r2) * groups * 2, address(scales) + int64(r3) * groups * 2
+
+            row_addresses = (w0, s0, w1, s1) if subtiles == 1 else (w0, s0, w1, s1, w2, s2, w3, s3)
+            ahead = first_loads(row_addresses, first, t, last_column, shift)
+            acc0 = zero()
+            acc1 = zero()
+            for block in range(first, end):
+                now = ahead[0]
+                ahead = ahead[1:] + (load_block(row_addresses, block + int32(depth), t, last_column, shift),)
+                wide = _widen(now[0], now[2], now[1], now[3])
+                at = stages_at + stage * stage_bytes
+                barrier_wait(full + eight * stage, phase)
+                acc0 = product(acc0, wide, at, lane)
+                wait_for_products()
+                if block > first and lane == 0:  # now all products of the stage before are done
+                    barrier_arrive(emptied)
+                if subtiles == 2:
+                    acc1 = product(acc1, _widen(now[4], now[6], now[5], now[7]), at, lane)
+                    wait_for_products()
+                emptied = empty + eight * stage
+                stage += one
+                if stage == stages:
+                    stage, phase = int32(0), phase ^ one
+            acc0 = done(acc0)
+            if subtiles == 2:
+                acc1 = done(acc1)
+            if lane == 0:
+                barrier_arrive(emptied)
+
+            complete = True
+            if splits > 1:
+                result = row_tile * token_tiles + first_token // width
+                place = address(partial) + int64(result * splits) * partial_bytes + thread * sixteen
+                mine = place + int64(split) * partial_bytes
+                spill_tile(acc0, mine, CONSUMERS * 16)
+                if subtiles == 2:
+                    spill_tile(acc1, mine + partial_bytes // 2, CONSUMERS * 16)
+                synchronize_threads(3, CONSUMERS)
+                if thread == 0:
+                    shared_store_i32(arrived, fetch_add(address(counters) + 4 * result, 1))
+                synchronize_threads(3, CONSUMERS)
+                complete = shared_i32(arrived) == splits - one
+                if complete:
+                    acc0 = zero()
+                    acc1 = zero()
+                    for _ in range(splits):
+                        acc0 = add_tile(acc0, place, CONSUMERS * 16)
+                        if subtiles == 2:
+                            acc1 = add_tile(acc1, place + partial_bytes // 2, CONSUMERS * 16)
+                        place += partial_bytes
+                    counters[result] = 0
+
+            if complete:
+                e0 = e1 = e2 = e3 = float32(0)
+                if address(bias) != 0:
+                    e0, e1, e2, e3 = bias[r0], bias[r1], bias[r2], bias[r3]
+                acc0 = affine(acc0, factor, e0, e1)
+                acc1 = affine(acc1, factor, e2, e3)
+                if gated:
+                    inside0 = out_inverse if row < N else float32(0)
+                    inside1 = out_inverse if row + eight < N else float32(0)
+                    hidden = times_rows(gate(acc0, acc1), inside0, inside1)
+                    store_halves(hidden, tile, warp, lane, out_halves, out_rows, first_row, N, first_token)
+                else:
+                    store_tile(acc0, tile, warp, lane, residual, out, first_row, N, first_token, T)
+                    if subtiles == 2:
+                        store_tile(acc1, tile, warp, lane, residual, out, first_row + int32(64), N, first_token, T)
+
+    return linear_mma
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kernel's constants, and how the work is cut."""
+
+    width: int
+    subtiles: int
+    depth: int
+    splits: int
+    tiles: int  # of the result
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory."""
+        return 1024 + _stages(self.width) * (self.width * 2 * BLOCK + 16) + 2 * self.width * COLUMN_BYTES + 16
+
+
+# What a block costs beside its products, in the time of those of 64 columns of 256 rows and 128 tokens: filling the
+# pipeline and storing the tile, and, where columns are split, leaving partial sums and adding them up.
+TILE_COST, SPLIT_COST = 5.0, 2.0
+
+
+@lru_cache(maxsize=None)
+def choose(rows: int, columns: int, tokens: int, gated: bool, multiprocessors: int, wide: bool) -> Plan:
+    """The plan that should take least time. wide: two subtiles are possible (sm_90)."""
+    width = next((w for w in (16, 32, 64) if tokens <= w), 128)
+    blocks = -(-columns // BLOCK)
+    best: tuple[float, Plan] | None = None
+    for subtiles in (2,) if gated else (1, 2) if wide and width == 128 else (1,):
+        tile_rows = 128 if gated else 128 * subtiles
+        tiles = -(-rows // tile_rows) * -(-tokens // width)
+        share = subtiles / 2 * max(width, 64) / 128  # of the time of a whole tile
+        for splits in range(1, min(16, blocks // 2) + 1):
+            rounds = -(-tiles * splits // multiprocessors)
+            work = -(-blocks // splits) * share * (1 if subtiles == 2 else 1.2)
+            cost = rounds * (work + share * (TILE_COST + (SPLIT_COST * splits if splits > 1 else 0)))
+            depth = 1 if width == 128 else 2 if width * subtiles == 128 else 4
+            if best is None or cost < best[0] * 0.97:
+                best = cost, Plan(width, subtiles, depth, splits, tiles)
+    assert best is not None
+    return best[1]
+
+
+def linear_mma(
+    stream: Stream,
+    x: HalfRows,
+    weight: QuantizedMatrix,
+    bias: DeviceArray | None,
+    residual: DeviceArray | None,
+    out: DeviceArray | HalfRows,
+    plan: Plan | None = None,
+) -> None:
+    """See registry.linear. `out` HalfRows: SwiGLU of the product, whose first half is the gate (sm_90)."""
+    (rows, columns), tokens = weight.shape, x.tokens
+    gated = isinstance(out, HalfRows)
+    rows = rows // 2 if gated else rows
+    multiprocessors = stream.gpu.multiprocessors
+    plan = plan or choose(rows, columns, tokens, gated, multiprocessors, stream.gpu.capability == (9, 0))
+    partial = counters = None
+    if plan.splits > 1:
+        partial = stream.scratch("partial", plan.tiles * plan.splits * plan.subtiles * CONSUMERS * plan.width // 2)
+        counters = stream.counters(plan.tiles)
+    stream.launch(
+        _linear(plan.width, plan.subtiles, plan.depth, gated),
+        *(min(multiprocessors, plan.tiles * plan.splits), weight.codes, weight.scales, weight.group.bit_length() - 1),
+        *(x.data, x.rows, x.factor, bias, residual),
+        *((None, out.data, out.rows, 1 / out.factor) if gated else (out, None, 0, 1.0)),
+        *(rows, columns, tokens, plan.splits, partial, counters),
+        shared=plan.shared,
+    )

@@ -1,0 +1,110 @@
+"""Moving tiles from global to shared memory while others are worked on: barriers in shared memory, and bulk copies.
+
+A barrier (PTX: mbarrier) counts arrivals; when all that are expected have come, its phase flips and who waits for it goes
+on. A stage of a pipeline has two: `full`, which the copy itself completes, and `empty`, at which its readers arrive.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.cuda.extending import intrinsic
+
+from numbainfer.gpu import ptx
+from numbainfer.gpu.compile import device_function
+from numbainfer.gpu.ptx import copy_async_16, i32, i64, instruction
+
+_WAIT = "{{ .reg .pred p; AGAIN: mbarrier.{} p, [$0], $1; @p bra.uni DONE; bra.uni AGAIN; DONE: }}"
+
+
+@intrinsic
+def bulk_copies(typingctx):
+    """True where the copy engine exists (sm_90 on); known when the kernel is compiled."""
+    return types.boolean(), lambda context, builder, sig, args: ir.Constant(ir.IntType(1), int(ptx.target >= (9, 0)))
+
+
+@instruction("mbarrier.init.shared.b64 [$0], $1;", types.void, i32, i32)
+def barrier_init(barrier, arrivals):
+    """A barrier in 8 bytes of shared memory; one thread does this, then the block synchronizes."""
+
+
+@instruction("fence.proxy.async.shared::cta;", types.void, minimum=(9, 0))
+def fence_for_copies():
+    """What this thread wrote to shared memory is visible to bulk copies and wgmma from here on."""
+
+
+@instruction("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [$0]; }", types.void, i32)
+def barrier_arrive(barrier):
+    """One arrival."""
+
+
+@instruction(_WAIT.format("try_wait.parity.shared::cta.b64"), types.void, i32, i32, minimum=(9, 0))
+def _try_wait(barrier, parity):
+    """sm_90: sleeps for a while in the instruction."""
+
+
+@instruction(_WAIT.format("test_wait.parity.shared.b64"), types.void, i32, i32)
+def _test_wait(barrier, parity):
+    """sm_80: polls."""
+
+
+@instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", types.void, i32, i32, minimum=(9, 0))
+def _expect(barrier, size):
+    """One arrival, and the phase waits for `size` more bytes."""
+
+
+@instruction(
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+    *(types.void, i32, i64, i32, i32),
+    minimum=(9, 0),
+)
+def _copy_bulk(to, source, size, barrier):
+    """Starts the copy of `size` bytes, a multiple of 16, which counts its bytes at the barrier."""
+
+
+@instruction("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", types.void, i32)
+def _arrive_after_copies(barrier):
+    """One arrival, once the copies that this thread started are done."""
+
+
+@instruction("bar.sync $0, $1;", types.void, i32, i32)
+def synchronize_threads(name, threads):
+    """Waits for that many threads, whole warps, at the block's barrier number `name`; 0 is syncthreads' own."""
+
+
+@instruction("setmaxnreg.dec.sync.aligned.u32 40;", types.void, only=(9, 0))
+def fewer_registers():
+    """A warpgroup of a block of three keeps 40 registers a thread, so that the others may have more."""
+
+
+@instruction("setmaxnreg.inc.sync.aligned.u32 232;", types.void, only=(9, 0))
+def more_registers():
+    """A warpgroup of a block of three takes 232 registers a thread."""
+
+
+@device_function
+def barrier_wait(barrier, parity):
+    """Waits until the phase of that parity is complete. A new barrier counts as complete in phase 1."""
+    if bulk_copies():
+        _try_wait(barrier, parity)
+    else:
+        _test_wait(barrier, parity)
+
+
+@device_function
+def fetch(to, source, size, barrier, lane):
+    """By a warp: starts the copy of `size` contiguous bytes, a multiple of 16. The barrier expects `fetch_arrivals()`."""
+    if bulk_copies():
+        if lane == 0:
+            _expect(barrier, size)
+            _copy_bulk(to, source, size, barrier)
+    else:
+        for offset in range(16 * lane, size, 16 * 32):
+            copy_async_16(to + offset, source + offset)
+        _arrive_after_copies(barrier)
+
+
+@device_function
+def fetch_arrivals():
+    """How many arrivals a `fetch` makes: one, or one of each lane where there is no copy engine."""
+    return 1 if bulk_copies() else 32
