@@ -41,10 +41,13 @@ from numbainfer.gpu.ptx import (
     copy_async_commit,
     copy_async_wait,
     exp2,
+    let_next_kernel_start,
     load_f32x2,
     pack_halves,
     shared_address,
+    shared_i32x4,
     shared_store_i32,
+    shared_store_i32x4,
     wait_for_previous_kernel,
 )
 
@@ -74,10 +77,10 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
     """halves: the result goes to HalfRows."""
     blocks = -(-head_dim // 64)  # of 64 columns of a head; the last may be narrower
     last = head_dim - 64 * (blocks - 1)
-    tile_bytes = int32(PAGE * 128)  # of 64 columns of a page
-    stage_bytes = int32(2 * blocks * PAGE * 128)
+    tile_bytes = PAGE * 128  # of 64 columns of a page
+    stage_bytes = 2 * blocks * PAGE * 128
+    block_of_queries = 64 * THREADS  # bytes: 64 columns of the block's queries
     chunks = head_dim // 8  # of a key
-    one, four = int32(1), int32(4)
 
     score, last_score = multiply(PAGE), multiply(PAGE, -(-last // 16))
     weigh, weigh_last = multiply(64, transposed=True), multiply(last, transposed=True)
@@ -94,7 +97,7 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
         if column < head_dim:
             a, b = load_f32x2(at + 4 * column)
             return pack_halves(a * scale, b * scale)
-        return int32(0)
+        return 0
 
     @device_function
     def queries(at, at8, column, scale):
@@ -110,19 +113,37 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
         return a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
 
     @device_function
+    def keep_words(at, words):
+        """A thread's 16 words to shared memory. Not in registers: ptxas 13.0 loses what wgmma reads in a loop."""
+        shared_store_i32x4(at, words[0], words[1], words[2], words[3])
+        shared_store_i32x4(at + 16 * THREADS, words[4], words[5], words[6], words[7])
+        shared_store_i32x4(at + 32 * THREADS, words[8], words[9], words[10], words[11])
+        shared_store_i32x4(at + 48 * THREADS, words[12], words[13], words[14], words[15])
+
+    @device_function
+    def kept_words(at):
+        """What keep_words stored."""
+        return (
+            shared_i32x4(at)
+            + shared_i32x4(at + 16 * THREADS)
+            + shared_i32x4(at + 32 * THREADS)
+            + shared_i32x4(at + 48 * THREADS)
+        )
+
+    @device_function
     def ask(k_pages, v_pages, page_id, kv_heads, g, stage, length):
         """Starts the copies of a page's keys and values; zeros for those at `length` and beyond."""
         start = (int64(page_id) * kv_heads + g) * (PAGE * head_dim * 2)
         k, v = address(k_pages) + start, address(v_pages) + start
         piece = int32(cuda.threadIdx.x)
-        while piece < int32(PAGE * chunks):
-            key = piece // int32(chunks)
-            chunk = piece - key * int32(chunks)
-            place = stage + (chunk >> int32(3)) * tile_bytes + key * int32(128) + ((chunk ^ key) & int32(7)) * int32(16)
-            size = int32(16) if key < length else int32(0)
+        while piece < PAGE * chunks:
+            key = int32(piece // chunks)
+            chunk = int32(piece - key * chunks)
+            place = int32(stage + (chunk >> 3) * tile_bytes + key * 128 + ((chunk ^ key) & 7) * 16)
+            size = int32(16 if key < length else 0)
             copy_async_16_or_zeros(place, k + int64(piece) * 16, size)
-            copy_async_16_or_zeros(place + int32(blocks) * tile_bytes, v + int64(piece) * 16, size)
-            piece += int32(THREADS)
+            copy_async_16_or_zeros(place + blocks * tile_bytes, v + int64(piece) * 16, size)
+            piece = int32(piece + THREADS)
 
     @kernel(
         "f32p i32 i32 f32 i32 i32p i32p u16p u16p i32p i32 f32p u16p i32 i32",
@@ -134,46 +155,51 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
     ):  # fmt: skip
         facts = cuda.shared.array(4, int32)  # of a run: where the next begins, least and largest position
         dynamic = cuda.shared.array(0, int32)
-        stages_at = (shared_address(dynamic) + int32(1023)) & int32(-1024)
+        let_next_kernel_start()
+        stages_at = int32((shared_address(dynamic) + 1023) & -1024)
+        queries_at = int32(stages_at + STAGES * stage_bytes)
         thread = int32(cuda.threadIdx.x)
-        warp, lane = thread >> int32(5), thread & int32(31)
-        row_in_quad, t2 = lane >> int32(2), (lane & int32(3)) << one
-        shared = heads // kv_heads
+        warp, lane = int32(thread >> 5), int32(thread & 31)
+        row_in_quad, t2 = int32(lane >> 2), int32((lane & 3) << 1)
+        shared = int32(heads // kv_heads)
         g = int32(cuda.blockIdx.y)
         # the last tokens see most: they begin first
-        first_row = (int32(cuda.gridDim.x) - one - int32(cuda.blockIdx.x)) * int32(ROWS)
-        rows = min(tokens * shared - first_row, int32(ROWS))
-        row = min(int32(16) * warp + row_in_quad, rows - one)
-        row8 = min(int32(16) * warp + row_in_quad + int32(8), rows - one)
-        token, token8 = (first_row + row) // shared, (first_row + row8) // shared
-        head, head8 = g * shared + (first_row + row) % shared, g * shared + (first_row + row8) % shared
+        first_row = int32((cuda.gridDim.x - 1 - cuda.blockIdx.x) * ROWS)
+        rows = int32(min(tokens * shared - first_row, ROWS))
+        row = int32(min(16 * warp + row_in_quad, rows - 1))
+        row8 = int32(min(16 * warp + row_in_quad + 8, rows - 1))
+        token, token8 = int32((first_row + row) // shared), int32((first_row + row8) // shared)
+        head = int32(g * shared + first_row + row - token * shared)
+        head8 = int32(g * shared + first_row + row8 - token8 * shared)
         if head_dim % 16:  # columns up to the next 16 take part in products
             piece = thread
-            while piece < int32(STAGES) * (stage_bytes >> int32(2)):
-                shared_store_i32(stages_at + piece * four, int32(0))
-                piece += int32(THREADS)
+            while piece < STAGES * (stage_bytes >> 2):
+                shared_store_i32(stages_at + piece * 4, 0)
+                piece = int32(piece + THREADS)
             cuda.syncthreads()
         wait_for_previous_kernel()
         at = address(qkv) + (int64(token) * (heads + 2 * kv_heads) + head) * (4 * head_dim)
         at8 = address(qkv) + (int64(token8) * (heads + 2 * kv_heads) + head8) * (4 * head_dim)
         factor = scale * float32(1.4426950408889634)  # powers of 2 from here on
-        q0 = queries(at, at8, t2, factor)
-        q1 = queries(at, at8, t2 + int32(64), factor)
+        mine_at = int32(queries_at + thread * 16)
+        for block in range(blocks):
+            words = queries(at, at8, t2 + 64 * block, factor)
+            keep_words(mine_at + block * block_of_queries, words)
         o0, o1, o2, o_last = nothing(), nothing(), nothing(), nothing_last()
         position, position8 = positions[token], positions[token8]
         sequence, sequence8 = sequences[token], sequences[token8]
         highest, highest8 = float32(-1e30), float32(-1e30)
         sum_g, sum_g8 = float32(0), float32(0)
 
-        run = first_row // shared
-        end = (first_row + rows - one) // shared + one
+        start = int32(first_row // shared)
+        run, end = start, int32((first_row + rows - 1) // shared + 1)
         while run < end:
             here = sequences[run]
             if thread == 0:
-                facts[0], facts[1], facts[2] = end, int32(NEVER), int32(-1)
+                facts[0], facts[1], facts[2] = end, NEVER, -1
             cuda.syncthreads()
             mine, mine8 = sequence == here and token >= run, sequence8 == here and token8 >= run
-            if lane & int32(3) == 0:
+            if lane & 3 == 0:
                 if not mine and token >= run:
                     cuda.atomic.min(facts, 0, token)
                 if not mine8 and token8 >= run:
@@ -181,7 +207,7 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
             cuda.syncthreads()
             next_run = facts[0]
             mine, mine8 = mine and token < next_run, mine8 and token8 < next_run
-            if lane & int32(3) == 0:
+            if lane & 3 == 0:
                 if mine:
                     cuda.atomic.min(facts, 1, position)
                     cuda.atomic.max(facts, 2, position)
@@ -190,13 +216,13 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
                     cuda.atomic.max(facts, 2, position8)
             cuda.syncthreads()
             least, most = facts[1], facts[2]
-            alone = next_run - run == end - first_row // shared
-            low = position - window + one if window > 0 else int32(0)
-            low8 = position8 - window + one if window > 0 else int32(0)
-            first_page = max(int32(0), least - window + one) >> int32(6) if window > 0 else int32(0)
-            last_page = most >> int32(6)
+            alone = run == start and next_run == end
+            low = int32(position - window + 1 if window > 0 else 0)
+            low8 = int32(position8 - window + 1 if window > 0 else 0)
+            first_page = int32(max(0, least - window + 1) >> 6 if window > 0 else 0)
+            last_page = int32(most >> 6)
             table = int64(here) * pages_per_sequence
-            ask(k_pages, v_pages, page_table[table + first_page], kv_heads, g, stages_at, most + one - first_page * int32(PAGE))
+            ask(k_pages, v_pages, page_table[table + first_page], kv_heads, g, stages_at, most + 1 - first_page * PAGE)
             copy_async_commit()
             stage = int32(0)
             page = first_page
@@ -204,33 +230,30 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
                 _copied()
                 fence_for_copies()
                 cuda.syncthreads()
-                memory = stages_at + stage * stage_bytes
-                stage = one - stage
+                memory = int32(stages_at + stage * stage_bytes)
+                stage = int32(1 - stage)
                 if page < last_page:
-                    following = page + one
+                    following = int32(page + 1)
                     ask(
                         k_pages, v_pages, page_table[table + following], kv_heads, g, stages_at + stage * stage_bytes,
-                        most + one - following * int32(PAGE),
+                        most + 1 - following * PAGE,
                     )  # fmt: skip
                 copy_async_commit()
 
                 s = no_scores()
-                if blocks <= 2:
-                    if blocks == 2:
-                        s = score(s, q0, memory, lane)
-                    s = scored(last_score(s, q0 if blocks == 1 else q1, memory + int32(blocks - 1) * tile_bytes, lane))
-                else:  # no registers to keep the queries in
-                    s = scored(score(s, queries(at, at8, t2, factor), memory, lane))
-                    s = scored(score(s, queries(at, at8, t2 + int32(64), factor), memory + tile_bytes, lane))
-                    if blocks == 4:
-                        third = queries(at, at8, t2 + int32(128), factor)
-                        s = scored(score(s, third, memory + int32(2) * tile_bytes, lane))
-                    fourth = queries(at, at8, t2 + int32(64 * (blocks - 1)), factor)
-                    s = scored(last_score(s, fourth, memory + int32(blocks - 1) * tile_bytes, lane))
-                first_key = page * int32(PAGE)
-                if not alone or first_key + int32(PAGE - 1) > least or (window > 0 and first_key < most - window + one):
-                    high = position - first_key if mine else int32(-1)
-                    high8 = position8 - first_key if mine8 else int32(-1)
+                if blocks > 1:
+                    s = scored(score(s, kept_words(mine_at), memory, lane))
+                if blocks > 2:
+                    s = scored(score(s, kept_words(mine_at + block_of_queries), memory + tile_bytes, lane))
+                if blocks > 3:
+                    third = kept_words(mine_at + 2 * block_of_queries)
+                    s = scored(score(s, third, memory + 2 * tile_bytes, lane))
+                words = kept_words(mine_at + (blocks - 1) * block_of_queries)
+                s = scored(last_score(s, words, memory + (blocks - 1) * tile_bytes, lane))
+                first_key = int32(page * PAGE)
+                if not alone or first_key + PAGE - 1 > least or (window > 0 and first_key < most - window + 1):
+                    high = int32(position - first_key if mine else -1)
+                    high8 = int32(position8 - first_key if mine8 else -1)
                     s = keep(s, t2, low - first_key, high, low8 - first_key, high8)
 
                 page_top, page_top8 = top(s)
@@ -241,14 +264,14 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
                 page_sum, page_sum8 = sums(p)
                 sum_g, sum_g8 = sum_g * decay + page_sum, sum_g8 * decay8 + page_sum8
                 weights = as_left_matrix(p)
-                values = memory + int32(blocks) * tile_bytes
+                values = memory + blocks * tile_bytes
                 if blocks > 1:
                     o0 = weigh(scale_64(o0, decay, decay8), weights, values, lane)
                 if blocks > 2:
                     o1 = weigh(scale_64(o1, decay, decay8), weights, values + tile_bytes, lane)
                 if blocks > 3:
-                    o2 = weigh(scale_64(o2, decay, decay8), weights, values + int32(2) * tile_bytes, lane)
-                o_last = weigh_last(scale_last(o_last, decay, decay8), weights, values + int32(blocks - 1) * tile_bytes, lane)
+                    o2 = weigh(scale_64(o2, decay, decay8), weights, values + 2 * tile_bytes, lane)
+                o_last = weigh_last(scale_last(o_last, decay, decay8), weights, values + (blocks - 1) * tile_bytes, lane)
                 if blocks > 1:
                     o0 = done(o0)
                 if blocks > 2:
@@ -256,15 +279,15 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
                 if blocks > 3:
                     o2 = done(o2)
                 o_last = done_last(o_last)
-                page += one
+                page = int32(page + 1)
             cuda.syncthreads()
             run = next_run
 
         inverse, inverse8 = float32(1) / _quad_sum(sum_g), float32(1) / _quad_sum(sum_g8)
         o_last = scale_last(o_last, inverse, inverse8)
-        inside = int32(16) * warp + row_in_quad < rows
-        inside8 = int32(16) * warp + row_in_quad + int32(8) < rows
-        column, column8 = head * int32(head_dim) + t2, head8 * int32(head_dim) + t2
+        inside = 16 * warp + row_in_quad < rows
+        inside8 = 16 * warp + row_in_quad + 8 < rows
+        column, column8 = int32(head * head_dim + t2), int32(head8 * head_dim + t2)
         to = address(out) + (int64(token) * heads * head_dim + column) * 4
         to8 = address(out) + (int64(token8) * heads * head_dim + column8) * 4
         data, far = address(out_halves), int32(64 * (blocks - 1))
@@ -279,17 +302,17 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
                 if blocks > 1:
                     put_h(o0, data, out_rows, token, column)
                 if blocks > 2:
-                    put_h(o1, data, out_rows, token, column + int32(64))
+                    put_h(o1, data, out_rows, token, column + 64)
                 if blocks > 3:
-                    put_h(o2, data, out_rows, token, column + int32(128))
+                    put_h(o2, data, out_rows, token, column + 128)
                 put_last_h(o_last, data, out_rows, token, column + far)
             if inside8:
                 if blocks > 1:
                     put_h8(o0, data, out_rows, token8, column8)
                 if blocks > 2:
-                    put_h8(o1, data, out_rows, token8, column8 + int32(64))
+                    put_h8(o1, data, out_rows, token8, column8 + 64)
                 if blocks > 3:
-                    put_h8(o2, data, out_rows, token8, column8 + int32(128))
+                    put_h8(o2, data, out_rows, token8, column8 + 128)
                 put_last_h8(o_last, data, out_rows, token8, column8 + far)
         else:
             if inside:
@@ -334,10 +357,10 @@ def attention_prefill(
         *(positions, sequences, k_pages, v_pages, page_table, page_table.shape[1]),
         *((None, out.data, out.rows) if halves else (out, None, 0)),
         tokens,
-        shared=STAGES * 2 * -(-head_dim // 64) * PAGE * 128 + 1024,
+        shared=-(-head_dim // 64) * (STAGES * 2 * PAGE * 128 + 64 * THREADS) + 1024,
     )
 
 
 def serves(head_dim: int) -> bool:
     """Whether there is a kernel for this head size."""
-    return head_dim % 8 == 0 and 32 <= head_dim <= 128
+    return head_dim % 8 == 0 and 32 <= head_dim <= 256

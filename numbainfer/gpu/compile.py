@@ -1,8 +1,8 @@
 """From a Python kernel to a cubin, kept on disk between runs.
 
 A kernel is a plain function under `@kernel("f32p i32 f32p", threads=256)`, which names the types of its parameters:
-pointers into device memory, and numbers. numba-cuda compiles it to PTX and nvJitLink that to a cubin, both without a
-GPU; the driver only loads the result. Kernels that are specialised by constants (a head size, a row's width) come from
+pointers into device memory, and numbers. numba-cuda compiles it to an intermediate language and nvJitLink that to a cubin, both
+without a GPU; the driver only loads the result. Kernels that are specialised by constants (a head size, a row's width) come from
 a factory under `@family(...)`, which makes one kernel per tuple of constants.
 
 Cubins are stored in the user's cache directory under a hash of this package's sources and its compilers' versions.
@@ -46,6 +46,9 @@ on_first_compile: Callable[[], None] | None = None
 
 MODULES = [
     "elementwise",
+    "half_rows",
+    "linear_mma",
+    "attention_prefill",
     "quantize",
     "select",
     "rope",
@@ -67,6 +70,8 @@ class Cubin:
     stack: int  # bytes per thread in local memory: arrays that did not fit registers, spills included
     spills: int  # bytes per thread of registers that did not fit
     shared: int  # bytes of static shared memory per block
+    waits: bool  # each wgmma for the one before: the compiler could not overlap them
+    entry: str  # the kernel's name in it
 
 
 class Kernel:
@@ -74,13 +79,22 @@ class Kernel:
 
     parameters: the names in TYPES of what it takes, "f32p f32p i32". threads: of a block, at most. blocks: per
     multiprocessor, for which the compiler keeps registers few. hot: part of the fast path; tests hold it to no local
-    memory. fast: approximate division, square root and exp.
+    memory. fast: approximate division, square root and exp. only: the one architecture that has what it needs.
     """
 
     def __init__(
-        self, function: Callable, parameters: str, threads: int, blocks: int, *, hot: bool, fast: bool
+        self,
+        function: Callable,
+        parameters: str,
+        threads: int,
+        blocks: int,
+        *,
+        hot: bool,
+        fast: bool,
+        only: tuple[int, int] | None,
     ) -> None:
         self.function, self.threads, self.blocks, self.hot, self.fast = function, threads, blocks, hot, fast
+        self.only = only
         self.__doc__ = function.__doc__
         self.name = function.__name__.lstrip("_")
         self.constants: tuple = ()
@@ -92,7 +106,7 @@ class Kernel:
 
     @property
     def symbol(self) -> str:
-        """The kernel's name in the cubin, as profilers show it."""
+        """A name that tells it from other kernels of its module."""
         suffix = "".join(f"_{constant}" for constant in self.constants)
         return re.sub(r"\W", "", self.name + suffix)
 
@@ -119,29 +133,34 @@ class Kernel:
             on_first_compile = None
         start = time.perf_counter()
         try:
-            return _assemble(self.ptx(capability), self.symbol, capability)
+            return _link(self.intermediate(capability), capability, fast=self.fast)
         finally:
             compiled_seconds += time.perf_counter() - start
 
-    def ptx(self, capability: tuple[int, int]) -> str:
-        """The kernel in PTX."""
+    def intermediate(self, capability: tuple[int, int], output: str = "ltoir") -> bytes:
+        """The kernel in NVIDIA's intermediate language, or with output "ptx" in PTX, to look at."""
         # Blocks of different kernels share a multiprocessor by dependent launch, which sm_80 has not.
-        bounds = (self.threads, self.blocks) if self.blocks and capability >= (9, 0) else self.threads
+        bounds = (self.threads, max(1, self.blocks) if capability >= (9, 0) else 1)
         kinds = tuple(TYPES[p] for p in self.parameters)
         with _compiling_for(capability):
-            text, _ = cuda.compile_ptx(
-                self.function, kinds, cc=capability, fastmath=self.fast, launch_bounds=bounds, abi="numba"
+            code, _ = cuda.compile(
+                *(self.function, kinds),
+                **{"cc": capability, "fastmath": self.fast, "launch_bounds": bounds, "abi": "numba", "device": False, "output": output},
             )
-        entry = re.search(r"\.entry (\w+)", text)
-        assert entry is not None
-        return text.replace(entry[1], self.symbol)
+        return code
 
 
 def kernel(
-    parameters: str, *, threads: int, blocks: int = 0, hot: bool = False, fast: bool = False
+    parameters: str,
+    *,
+    threads: int,
+    blocks: int = 0,
+    hot: bool = False,
+    fast: bool = False,
+    only: tuple[int, int] | None = None,
 ) -> Callable[[Callable], Kernel]:
     """Decorator: makes a function launchable. See Kernel."""
-    return lambda function: Kernel(function, parameters, threads, blocks, hot=hot, fast=fast)
+    return lambda function: Kernel(function, parameters, threads, blocks, hot=hot, fast=fast, only=only)
 
 
 _DEVICE_FUNCTIONS: list[Any] = []
@@ -200,37 +219,45 @@ def all_kernels() -> list[Kernel]:
     return plain + [make(*constants) for make, samples in FAMILIES for constants in samples]
 
 
-def _assemble(text: str, symbol: str, capability: tuple[int, int]) -> Cubin:
-    """PTX to a cubin by nvJitLink."""
+def _link(code: bytes, capability: tuple[int, int], *, fast: bool) -> Cubin:
+    """The intermediate language to a cubin by nvJitLink.
+
+    Not from PTX, which nvJitLink compiles to be linked with other code: with `setmaxnreg` ignored and each wgmma waited
+    for. sm_90a is sm_90 with what only that architecture has, wgmma above all.
+    """
     from cuda.bindings import nvjitlink
 
-    data = text.encode()
-    options = ["-arch=sm_{}{}".format(*capability), "-O3", "-verbose"]
+    options = ["-arch=sm_{}{}".format(*capability) + ("a" if capability == (9, 0) else ""), "-O3", "-lto", "-verbose"]
+    options += ["-ftz=1", "-prec-div=0", "-prec-sqrt=0"] if fast else []
     handle = nvjitlink.create(len(options), options)
     try:
-        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, data, len(data), symbol)
+        nvjitlink.add_data(handle, nvjitlink.InputType.LTOIR, code, len(code), "kernel")
         nvjitlink.complete(handle)
         log = bytearray(nvjitlink.get_info_log_size(handle))
         nvjitlink.get_info_log(handle, log)
-        code = bytearray(nvjitlink.get_linked_cubin_size(handle))
-        nvjitlink.get_linked_cubin(handle, code)
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, cubin)
     except nvjitlink.nvJitLinkError as error:
         log = bytearray(nvjitlink.get_error_log_size(handle))
         nvjitlink.get_error_log(handle, log)
-        raise RuntimeError(f"{symbol}: {error}: {log.decode(errors='replace')}") from error
+        raise RuntimeError(f"nvJitLink: {error}: {log.decode(errors='replace')}") from error
     finally:
         nvjitlink.destroy(handle)
     said = log.decode(errors="replace")
+    entry = re.search(rb"\.text\.(\w+)", cubin)
+    assert entry is not None
 
     def number(pattern: str) -> int:
         return max((int(n) for n in re.findall(pattern, said)), default=0)
 
     return Cubin(
-        bytes(code),
+        bytes(cubin),
+        entry=entry[1].decode(),
         registers=number(r"[Uu]sed (\d+) registers"),
         stack=number(r"(\d+) bytes stack frame"),
         spills=number(r"(\d+) bytes spill stores"),
         shared=number(r"(\d+) bytes smem"),
+        waits="wgmma.mma_async instructions are serialized" in said,
     )
 
 

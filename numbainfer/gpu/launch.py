@@ -148,7 +148,7 @@ class Stream:
         if function is None:
             cubin = kernel.cubin(self.gpu.capability)
             module = check(self.driver.cuModuleLoadData(cubin.code))
-            function = check(self.driver.cuModuleGetFunction(module, kernel.symbol.encode()))
+            function = check(self.driver.cuModuleGetFunction(module, cubin.entry.encode()))
             self._functions[kernel] = function
             self._modules.append(module)
         if shared > self._shared.get(kernel, _DYNAMIC_SHARED):

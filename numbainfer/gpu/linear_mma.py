@@ -26,13 +26,11 @@ from numbainfer.gpu.compile import Kernel, device_function, family, kernel
 from numbainfer.gpu.fragments import (
     add_spilled,
     finished,
-    halves_to_shared,
     multiply,
     scale_and_shift,
     scale_rows,
     silu_times,
     spill,
-    to_shared,
     wait_for_products,
     zeros,
 )
@@ -54,30 +52,27 @@ from numbainfer.gpu.ptx import (
     address,
     double_half,
     fetch_add,
+    let_next_kernel_start,
     load_constant_u16,
-    load_f32,
     load_weights,
     multiply_halves,
     permute,
+    prefetch_l2,
     shared_address,
-    shared_f32,
     shared_i32,
-    shared_i32x4,
     shared_store_i32,
-    store_f32,
-    store_i32x4,
     subtract_halves,
     wait_for_previous_kernel,
 )
+from numbainfer.gpu.tile_store import make_store, make_store_halves, store_bytes
 from numbainfer.quantization import QuantizedMatrix
 
 CONSUMERS = 256  # threads: two warpgroups; beside them, a warp that copies
-COLUMN_BYTES = 68 * 4  # of a token in the finished tile: 64 rows of W, and 4 so that no two lanes meet in a bank
 
 
 def _stages(width: int) -> int:
     """How many tiles of tokens are in shared memory or on their way."""
-    return 6 if width == 128 else 8
+    return 5 if width == 256 else 8
 
 
 @device_function
@@ -120,19 +115,19 @@ def _last(value, limit):
 
 
 @family((128, 2, 1, False), (128, 2, 1, True), (128, 1, 1, False), (64, 1, 2, False), (32, 1, 4, False), (32, 2, 2, True))
-def _linear(width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
+def _linear(width: int, subtiles: int, depth: int, gated: bool, prefetch: bool = False) -> Kernel:
     """width: tokens of a tile. depth: how many blocks of 64 columns weights are loaded ahead. gated: W's rows are gate
     and up, and the result silu(gate) * up as HalfRows."""
-    roomy = subtiles == 2  # more registers than an even share, which sm_90 knows how to deal
+    roomy = subtiles == 2 or width == 256  # more registers than an even share, which sm_90 knows how to deal
     stages = _stages(width)
-    one, eight, sixteen = int32(1), int32(8), int32(16)  # Numba counts in 64 bits otherwise, which costs registers
     zero, product, done = zeros(width), multiply(width), finished(width)
-    spill_tile, add_tile, put, put_halves = spill(width), add_spilled(width), to_shared(width, COLUMN_BYTES), halves_to_shared(width)
+    spill_tile, add_tile = spill(width), add_spilled(width)
+    store_tile, store_halves = make_store(width), make_store_halves(width)
     affine, times_rows, gate = scale_and_shift(width), scale_rows(width), silu_times(width)
-    block_rows = 128 if gated else 128 * subtiles  # rows of the result
+    group_rows = 64 if gated else 64 * subtiles  # of the result, to a warpgroup
+    block_rows = 2 * group_rows
     partial_bytes = subtiles * CONSUMERS * width * 2
-    stage_bytes, tile_bytes = int32(width * 2 * BLOCK), int32(width * COLUMN_BYTES)
-    width, stages, block_rows = int32(width), int32(stages), int32(block_rows)
+    stage_bytes, tile_bytes = width * 2 * BLOCK, store_bytes(width)
 
     @device_function
     def locate(item, token_tiles, splits):
@@ -140,7 +135,7 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
         above = uint32(item) // uint32(token_tiles)
         token = uint32(item) - above * uint32(token_tiles)
         row_tile = above // uint32(splits)
-        return int32(token) * width, int32(above - row_tile * uint32(splits)), int32(row_tile)
+        return int32(token * uint32(width)), int32(above - row_tile * uint32(splits)), int32(row_tile)
 
     @device_function
     def part(blocks, split, splits):
@@ -152,7 +147,7 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
         @device_function
         def load_block(at, block, t, last_column, shift):
             """A thread's weights and their scales, of 64 columns: 16 columns of row g, and of row g + 8."""
-            column = min(block * int32(BLOCK) + sixteen * t, last_column)
+            column = int32(min(block * BLOCK + 16 * t, last_column))
             w0, w1 = load_weights(at[0] + column), load_weights(at[2] + column)
             return w0, _load_scale(at[1], column, shift), w1, _load_scale(at[3], column, shift)
     else:
@@ -160,7 +155,7 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
         @device_function
         def load_block(at, block, t, last_column, shift):
             """The same for the rows of two subtiles."""
-            column = min(block * int32(BLOCK) + sixteen * t, last_column)
+            column = int32(min(block * BLOCK + 16 * t, last_column))
             w0, w1 = load_weights(at[0] + column), load_weights(at[2] + column)
             w2, w3 = load_weights(at[4] + column), load_weights(at[6] + column)
             s0, s1 = _load_scale(at[1], column, shift), _load_scale(at[3], column, shift)
@@ -177,120 +172,100 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
         @device_function
         def first_loads(at, block, t, last_column, shift):
             now = load_block(at, block, t, last_column, shift)
-            return now, load_block(at, block + one, t, last_column, shift)
+            return now, load_block(at, block + 1, t, last_column, shift)
     else:
 
         @device_function
         def first_loads(at, block, t, last_column, shift):
             now = load_block(at, block, t, last_column, shift)
-            second = load_block(at, block + one, t, last_column, shift)
-            third = load_block(at, block + int32(2), t, last_column, shift)
-            return now, second, third, load_block(at, block + int32(3), t, last_column, shift)
+            second = load_block(at, block + 1, t, last_column, shift)
+            third = load_block(at, block + 2, t, last_column, shift)
+            return now, second, third, load_block(at, block + 3, t, last_column, shift)
 
     @device_function
-    def copy_tiles(x, x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, lane):
-        """The copying warp: brings the tokens' tiles, stage after stage."""
+    def copy_tiles(codes, N, D, x, x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, warp, lane):
+        """The copying warps: one brings the tokens' tiles, stage after stage; all ask L2 for the weights meanwhile."""
         stage, phase = int32(0), int32(1)
+        rows = int32(2 * N if gated else N)
         item = int32(cuda.blockIdx.x)
         while item < items:
-            token, split, _ = locate(item, token_tiles, splits)
-            item += int32(cuda.gridDim.x)
-            first, end = part(blocks, split, splits), part(blocks, split + one, splits)
+            token, split, row_tile = locate(item, token_tiles, splits)
+            item = int32(item + cuda.gridDim.x)
+            first, end = part(blocks, split, splits), part(blocks, int32(split + 1), splits)
             source = x + int64(first * x_rows + token) * (2 * BLOCK)
-            for _ in range(first, end):
-                barrier_wait(empty + eight * stage, phase)
-                fetch(stages_at + stage * stage_bytes, source, stage_bytes, full + eight * stage, lane)
+            r = int32(row_tile * block_rows + (warp & 3) * 32 + lane)
+            line0 = address(codes) + int64(_last(r, rows)) * D
+            line1 = address(codes) + int64(_last(r + (N if gated else 128), rows)) * D
+            for block in range(first, end):
+                barrier_wait(empty + 8 * stage, phase)
+                if warp == CONSUMERS // 32:
+                    fetch(stages_at + stage * stage_bytes, source, stage_bytes, full + 8 * stage, lane)
+                if prefetch and block & 1 == 0:  # a line of 128 bytes is two blocks
+                    prefetch_l2(line0 + block * BLOCK)
+                    if subtiles == 2:
+                        prefetch_l2(line1 + block * BLOCK)
                 source += int64(x_rows) * (2 * BLOCK)
-                stage += one
+                stage = int32(stage + 1)
                 if stage == stages:
-                    stage, phase = int32(0), phase ^ one
-
-    @device_function
-    def store_tile(acc, tile, warp, lane, residual, out, first_row, N, first_token, T):
-        """A warpgroup's finished 64 rows: through shared memory, so that neighbours in memory are written together."""
-        g, t, name = lane >> int32(2), lane & int32(3), one + (warp >> int32(2))
-        put(acc, tile + t * int32(2 * COLUMN_BYTES) + (sixteen * (warp & int32(3)) + g) * int32(4))
-        synchronize_threads(name, 128)
-        token = warp & int32(3)
-        to, add = address(out), address(residual)
-        here = (int64(first_token + token) * N + first_row + lane) * 4
-        source = tile + token * int32(COLUMN_BYTES) + lane * int32(4)
-        while token < width and first_token + token < T:
-            for half in range(2):
-                if first_row + lane + half * 32 < N:
-                    value = shared_f32(source + half * 128)
-                    if add != 0:
-                        value += load_f32(add + here + half * 128)
-                    store_f32(to + here + half * 128, value)
-            token += int32(4)
-            source += int32(4 * COLUMN_BYTES)
-            here += int64(N) * 16
-        synchronize_threads(name, 128)
-
-    @device_function
-    def store_halves(acc, tile, warp, lane, out, out_rows, first_row, N, first_token):
-        """A warpgroup's finished 64 rows as a tile of HalfRows."""
-        g, name, place = lane >> int32(2), one + (warp >> int32(2)), warp & int32(3)
-        put_halves(acc, tile + int32(4) * place + int32(2) * (g & one), g >> one, lane & int32(3))
-        synchronize_threads(name, 128)
-        if first_row < N:
-            to = address(out) + (int64(first_row >> int32(6)) * out_rows + first_token) * (2 * BLOCK)
-            offset = sixteen * (int32(32) * place + lane)
-            while offset < stage_bytes:
-                words = shared_i32x4(tile + offset)
-                store_i32x4(to + offset, words[0], words[1], words[2], words[3])
-                offset += int32(16 * 128)
-        synchronize_threads(name, 128)
+                    stage, phase = int32(0), int32(phase ^ 1)
 
     @kernel(
-        "i8p u16p i32 u16p i32 f32 f32p f32p f32p u16p i32 f32 i32 i32 i32 i32 f32p i32p", threads=CONSUMERS + (128 if roomy else 32), blocks=1, hot=True, fast=True
+        "i8p u16p i32 u16p i32 f32 f32p f32p f32p u16p i32 f32 i32 i32 i32 i32 f32p i32p",
+        threads=CONSUMERS + (128 if roomy else 32),
+        blocks=1,
+        hot=True,
+        fast=True,
+        only=(9, 0) if roomy else None,
     )
     def linear_mma(
         codes, scales, shift, x, x_rows, factor, bias, residual, out, out_halves, out_rows, out_inverse, N, D, T, splits, partial, counters
     ):
         shared = cuda.shared.array(0, int32)
-        stages_at = (shared_address(shared) + int32(1023)) & int32(-1024)
-        tiles_at = stages_at + stages * stage_bytes
-        full = tiles_at + int32(2) * tile_bytes
-        empty = full + eight * stages
-        arrived = empty + eight * stages
+        stages_at = int32((shared_address(shared) + 1023) & -1024)
+        tiles_at = int32(stages_at + stages * stage_bytes)
+        full = int32(tiles_at + 2 * tile_bytes)
+        empty = int32(full + 8 * stages)
+        arrived = int32(empty + 8 * stages)
         thread = int32(cuda.threadIdx.x)
-        warp, lane = thread >> int32(5), thread & int32(31)
-        blocks = (D + int32(BLOCK - 1)) >> int32(6)
-        token_tiles = (T + width - one) // width
-        items = (N + block_rows - one) // block_rows * splits * token_tiles
+        warp, lane = int32(thread >> 5), int32(thread & 31)
+        blocks = int32((D + BLOCK - 1) >> 6)
+        token_tiles = int32((T + width - 1) // width)
+        items = int32((N + block_rows - 1) // block_rows * splits * token_tiles)
         if thread == 0:
             for stage in range(stages):
                 barrier_init(full + 8 * stage, fetch_arrivals())
                 barrier_init(empty + 8 * stage, CONSUMERS // 32)
             fence_for_copies()
         cuda.syncthreads()
-        wait_for_previous_kernel()
+        let_next_kernel_start()
         if warp >= CONSUMERS // 32:
             if roomy:  # registers are dealt by warpgroup, so there are three idle warps beside the one that copies
                 fewer_registers()
-            if warp == CONSUMERS // 32:
-                copy_tiles(address(x), x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, lane)
+            wait_for_previous_kernel()
+            if warp == CONSUMERS // 32 or prefetch:
+                copy_tiles(
+                    codes, N, D, address(x), x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, warp, lane
+                )
             return
 
         if roomy:
             more_registers()
-        group, g, t = warp >> int32(2), lane >> int32(2), lane & int32(3)
-        tile = tiles_at + group * tile_bytes
-        rows = 2 * N if gated else N
-        groups = D >> shift
-        last_column = D - sixteen  # beyond D: any weights will do, the activations are zeros there
+        group, g, t = int32(warp >> 2), int32(lane >> 2), int32(lane & 3)
+        tile = int32(tiles_at + group * tile_bytes)
+        rows = int32(2 * N if gated else N)
+        groups = int32(D >> shift)
+        last_column = int32(D - 16)  # beyond D: any weights will do, the activations are zeros there
         stage, phase, emptied = int32(0), int32(0), empty
         item = int32(cuda.blockIdx.x)
         while item < items:
             first_token, split, row_tile = locate(item, token_tiles, splits)
-            item += int32(cuda.gridDim.x)
-            first, end = part(blocks, split, splits), part(blocks, split + one, splits)
-            first_row = row_tile * block_rows + group * int32(64 if gated else 64 * subtiles)
-            row = first_row + sixteen * (warp & int32(3)) + g
-            second = N if gated else int32(64)  # from a row to its partner in the other subtile
-            r0, r1 = _last(row, rows), _last(row + eight, rows)
-            r2, r3 = _last(row + second, rows), _last(row + second + eight, rows)
+            item = int32(item + cuda.gridDim.x)
+            first, end = part(blocks, split, splits), part(blocks, int32(split + 1), splits)
+            first_row = int32(row_tile * block_rows + group * group_rows)
+            row = int32(first_row + 16 * (warp & 3) + g)
+            second = int32(N if gated else 64)  # from a row to its partner in the other subtile
+            r0, r1 = int32(_last(row, rows)), int32(_last(row + 8, rows))
+            r2, r3 = int32(_last(row + second, rows)), int32(_last(row + second + 8, rows))
             w0, w1 = address(codes) + int64(r0) * D, address(codes) + int64(r1) * D
             w2, w3 = address(codes) + int64(r2) * D, address(codes) + int64(r3) * D
             s0, s1 = address(scales) + int64(r0) * groups * 2, address(scales) + int64(r1) * groups * 2
@@ -298,14 +273,15 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
 
             row_addresses = (w0, s0, w1, s1) if subtiles == 1 else (w0, s0, w1, s1, w2, s2, w3, s3)
             ahead = first_loads(row_addresses, first, t, last_column, shift)
+            wait_for_previous_kernel()  # weights could be asked for before
             acc0 = zero()
             acc1 = zero()
             for block in range(first, end):
                 now = ahead[0]
-                ahead = ahead[1:] + (load_block(row_addresses, block + int32(depth), t, last_column, shift),)
+                ahead = ahead[1:] + (load_block(row_addresses, int32(block + depth), t, last_column, shift),)
                 wide = _widen(now[0], now[2], now[1], now[3])
-                at = stages_at + stage * stage_bytes
-                barrier_wait(full + eight * stage, phase)
+                at = int32(stages_at + stage * stage_bytes)
+                barrier_wait(full + 8 * stage, phase)
                 acc0 = product(acc0, wide, at, lane)
                 wait_for_products()
                 if block > first and lane == 0:  # now all products of the stage before are done
@@ -313,10 +289,10 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
                 if subtiles == 2:
                     acc1 = product(acc1, _widen(now[4], now[6], now[5], now[7]), at, lane)
                     wait_for_products()
-                emptied = empty + eight * stage
-                stage += one
+                emptied = int32(empty + 8 * stage)
+                stage = int32(stage + 1)
                 if stage == stages:
-                    stage, phase = int32(0), phase ^ one
+                    stage, phase = int32(0), int32(phase ^ 1)
             acc0 = done(acc0)
             if subtiles == 2:
                 acc1 = done(acc1)
@@ -325,8 +301,8 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
 
             complete = True
             if splits > 1:
-                result = row_tile * token_tiles + first_token // width
-                place = address(partial) + int64(result * splits) * partial_bytes + thread * sixteen
+                result = int32(row_tile * token_tiles + uint32(first_token) // uint32(width))
+                place = address(partial) + int64(result * splits) * partial_bytes + thread * 16
                 mine = place + int64(split) * partial_bytes
                 spill_tile(acc0, mine, CONSUMERS * 16)
                 if subtiles == 2:
@@ -335,7 +311,7 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
                 if thread == 0:
                     shared_store_i32(arrived, fetch_add(address(counters) + 4 * result, 1))
                 synchronize_threads(3, CONSUMERS)
-                complete = shared_i32(arrived) == splits - one
+                complete = shared_i32(arrived) == splits - 1
                 if complete:
                     acc0 = zero()
                     acc1 = zero()
@@ -354,13 +330,13 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
                 acc1 = affine(acc1, factor, e2, e3)
                 if gated:
                     inside0 = out_inverse if row < N else float32(0)
-                    inside1 = out_inverse if row + eight < N else float32(0)
+                    inside1 = out_inverse if row + 8 < N else float32(0)
                     hidden = times_rows(gate(acc0, acc1), inside0, inside1)
                     store_halves(hidden, tile, warp, lane, out_halves, out_rows, first_row, N, first_token)
                 else:
                     store_tile(acc0, tile, warp, lane, residual, out, first_row, N, first_token, T)
                     if subtiles == 2:
-                        store_tile(acc1, tile, warp, lane, residual, out, first_row + int32(64), N, first_token, T)
+                        store_tile(acc1, tile, warp, lane, residual, out, first_row + 64, N, first_token, T)
 
     return linear_mma
 
@@ -374,11 +350,12 @@ class Plan:
     depth: int
     splits: int
     tiles: int  # of the result
+    prefetch: bool = False
 
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
-        return 1024 + _stages(self.width) * (self.width * 2 * BLOCK + 16) + 2 * self.width * COLUMN_BYTES + 16
+        return 1024 + _stages(self.width) * (self.width * 2 * BLOCK + 16) + 2 * store_bytes(self.width) + 16
 
 
 # What a block costs beside its products, in the time of those of 64 columns of 256 rows and 128 tokens: filling the
@@ -396,7 +373,7 @@ def choose(rows: int, columns: int, tokens: int, gated: bool, multiprocessors: i
         tile_rows = 128 if gated else 128 * subtiles
         tiles = -(-rows // tile_rows) * -(-tokens // width)
         share = subtiles / 2 * max(width, 64) / 128  # of the time of a whole tile
-        for splits in range(1, min(16, blocks // 2) + 1):
+        for splits in range(1, max(1, min(16, blocks // 2)) + 1):
             rounds = -(-tiles * splits // multiprocessors)
             work = -(-blocks // splits) * share * (1 if subtiles == 2 else 1.2)
             cost = rounds * (work + share * (TILE_COST + (SPLIT_COST * splits if splits > 1 else 0)))
@@ -427,7 +404,7 @@ def linear_mma(
         partial = stream.scratch("partial", plan.tiles * plan.splits * plan.subtiles * CONSUMERS * plan.width // 2)
         counters = stream.counters(plan.tiles)
     stream.launch(
-        _linear(plan.width, plan.subtiles, plan.depth, gated),
+        _linear(plan.width, plan.subtiles, plan.depth, gated, plan.prefetch),
         *(min(multiprocessors, plan.tiles * plan.splits), weight.codes, weight.scales, weight.group.bit_length() - 1),
         *(x.data, x.rows, x.factor, bias, residual),
         *((None, out.data, out.rows, 1 / out.factor) if gated else (out, None, 0, 1.0)),
