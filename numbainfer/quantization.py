@@ -6,7 +6,7 @@ s = max|w| / 127 rounded to float16, q = round(w / s) in -127 to 127, w' = q * s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,9 @@ class QuantizedRows:
     width: int
     group: int
     planes: int
+    halves: Any = field(default=None, init=False, repr=False)
+    """On the GPU: the same values for its tensor cores, where a product of many tokens asked for nothing else; `codes`
+    then mean nothing."""
 
     @classmethod
     def empty(cls, pool: MemoryPool, tokens: int, width: int, group: int, planes: int) -> QuantizedRows:

@@ -7,17 +7,20 @@ end. attention_decode.py and attention_prefill.py have the forms for the shapes 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numba import cuda
 from numpy import float32, int64
 
-from numbainfer.gpu import attention_decode
+from numbainfer.gpu import attention_decode, attention_prefill
 from numbainfer.gpu.compile import family, kernel
+from numbainfer.gpu.half_rows import HalfRows, to_halves
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import advance, wait_for_previous_kernel
-from numbainfer.gpu.quantize import quantize
+from numbainfer.gpu.quantize import HeldActivations, HeldRows, quantize
 from numbainfer.gpu.reduce import element, warp_sum
 from numbainfer.gpu.rope import PAGE, HeldRope, check_pages
 from numbainfer.quantization import QuantizedRows
@@ -101,25 +104,72 @@ def attention(
     out: DeviceArray | QuantizedRows,
 ) -> None:
     """See registry.attention."""
-    kv_heads, head_dim = check_pages(qkv, heads, k_pages, v_pages)
+    _, head_dim = check_pages(qkv, heads, k_pages, v_pages)
     tokens, width = qkv.shape[0], heads * head_dim
     if out.shape != (tokens, width):
         raise ValueError(f"attention: {tokens} tokens of {heads} heads of {head_dim} do not give {out.shape}")
-    values = stream.scratch("attention", (tokens, width)) if isinstance(out, QuantizedRows) else out
     held = stream.take_held()
     if held is not None and not (isinstance(held, HeldRope) and held.qkv.pointer == qkv.pointer):
         held.launch()
         held = None
     where = (positions, sequences, k_pages, v_pages, page_table)
     if attention_decode.fits(tokens, head_dim, k_pages.dtype):
+        values = stream.scratch("attention", (tokens, width)) if isinstance(out, QuantizedRows) else out
         attention_decode.decode(stream, qkv, heads, scale, window, held, *where, values)
-    else:
-        if held is not None:
-            held.launch()
-        stream.launch(
-            _attention(str(k_pages.dtype), 4 if head_dim <= 128 else 16),
-            *((tokens, heads), qkv, heads, kv_heads, head_dim, scale, window, positions, sequences),
-            *(k_pages, v_pages, page_table, page_table.shape[1], values),
-        )
+        if isinstance(out, QuantizedRows):
+            quantize(stream, values, out)
+        return
+    if held is not None:
+        held.launch()
+    run = partial(_launch, stream, qkv, heads, scale, window, *where)
     if isinstance(out, QuantizedRows):
-        quantize(stream, values, out)
+        out.halves = None
+        stream.hold(HeldAttention(stream, run, out))
+    else:
+        run(out)
+
+
+class HeldAttention(HeldActivations):
+    """Attention of many tokens, not launched yet: a product may follow and want its result in float16."""
+
+    def __init__(self, stream: Stream, run: Callable[[DeviceArray | HalfRows], None], out: QuantizedRows) -> None:
+        self.stream, self.run, self.out = stream, run, out
+
+    def launch(self) -> None:
+        """Attention, then its quantization."""
+        values = self.stream.scratch("attention", self.out.shape)
+        self.run(values)
+        HeldRows(self.stream, "plain", values, None, 0.0, self.out).launch()
+
+    def launch_halves(self, halves: HalfRows) -> None:
+        """Straight to float16."""
+        self.run(halves)
+
+
+def _launch(
+    stream: Stream,
+    qkv: DeviceArray,
+    heads: int,
+    scale: float,
+    window: int,
+    positions: DeviceArray,
+    sequences: DeviceArray,
+    k_pages: DeviceArray,
+    v_pages: DeviceArray,
+    page_table: DeviceArray,
+    out: DeviceArray | HalfRows,
+) -> None:
+    """Attention of many tokens, or of shapes that only the readable kernel takes."""
+    (_, kv_heads, _, head_dim), tokens = k_pages.shape, qkv.shape[0]
+    where = (positions, sequences, k_pages, v_pages, page_table)
+    if attention_prefill.serves(head_dim, k_pages.dtype):
+        attention_prefill.attention_prefill(stream, qkv, heads, scale, window, *where, out)
+        return
+    values = stream.scratch("attention", (tokens, heads * head_dim)) if isinstance(out, HalfRows) else out
+    stream.launch(
+        _attention(str(k_pages.dtype), 4 if head_dim <= 128 else 16),
+        *((tokens, heads), qkv, heads, kv_heads, head_dim, scale, window, positions, sequences),
+        *(k_pages, v_pages, page_table, page_table.shape[1], values),
+    )
+    if isinstance(out, HalfRows):
+        to_halves(stream, "plain", values, None, 0.0, out)

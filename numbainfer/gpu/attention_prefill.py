@@ -1,9 +1,9 @@
 """Causal attention for many tokens of a sequence, on tensor cores: FlashAttention-2 (Dao 2023) over the paged cache.
 
 A block takes ROWS queries of one key/value head: all its query heads of token 0, then of token 1, and so on, 64 to a
-warpgroup. It walks the pages that its tokens see. A page's keys and values come to shared memory with asynchronous copies
-while the page before is worked on; scores, weights and values stay in registers, in fragments (fragments.py): weights
-in float16, all sums in float32.
+warpgroup. It walks the pages that its tokens see. A page's keys and values come to shared memory with asynchronous
+copies while the page before is worked on; scores, weights and values stay in registers, in fragments (fragments.py):
+weights in float16, all sums in float32.
 
 Tokens of several sequences may meet in a block: then it walks the pages of each run of tokens of one sequence in turn,
 and masks the others' scores.
@@ -11,19 +11,17 @@ and masks the others' scores.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+import numpy as np
 from numba import cuda
 from numpy import float32, int32, int64
 
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
 from numbainfer.gpu.fragments import (
     as_left_matrix,
-    finished,
     largest,
     mask,
-    multiply,
     power,
     scale_rows,
     store_row,
@@ -35,6 +33,7 @@ from numbainfer.gpu.half_rows import HalfRows
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.pipeline import fence_for_copies
+from numbainfer.gpu.products import finished, multiply
 from numbainfer.gpu.ptx import (
     address,
     copy_async_16_or_zeros,
@@ -271,7 +270,9 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
                     o1 = weigh(scale_64(o1, decay, decay8), weights, values + tile_bytes, lane)
                 if blocks > 3:
                     o2 = weigh(scale_64(o2, decay, decay8), weights, values + 2 * tile_bytes, lane)
-                o_last = weigh_last(scale_last(o_last, decay, decay8), weights, values + (blocks - 1) * tile_bytes, lane)
+                o_last = weigh_last(
+                    scale_last(o_last, decay, decay8), weights, values + (blocks - 1) * tile_bytes, lane
+                )
                 if blocks > 1:
                     o0 = done(o0)
                 if blocks > 2:
@@ -350,17 +351,21 @@ def attention_prefill(
 ) -> None:
     """See registry.attention; float16 pages, and a head size for which `serves` says yes."""
     (_, kv_heads, _, head_dim), tokens = k_pages.shape, qkv.shape[0]
-    halves = isinstance(out, HalfRows)
+    target: tuple[Any, ...]
+    if isinstance(out, HalfRows):
+        halves, target = True, (None, out.data, out.rows)
+    else:
+        halves, target = False, (out, None, 0)
     stream.launch(
         _attention(head_dim, halves),
         *((-(-tokens * (heads // kv_heads) // ROWS), kv_heads), qkv, heads, kv_heads, scale, window),
         *(positions, sequences, k_pages, v_pages, page_table, page_table.shape[1]),
-        *((None, out.data, out.rows) if halves else (out, None, 0)),
+        *target,
         tokens,
         shared=-(-head_dim // 64) * (STAGES * 2 * PAGE * 128 + 64 * THREADS) + 1024,
     )
 
 
-def serves(head_dim: int) -> bool:
-    """Whether there is a kernel for this head size."""
-    return head_dim % 8 == 0 and 32 <= head_dim <= 256
+def serves(head_dim: int, dtype: np.dtype) -> bool:
+    """Whether there is a kernel for this head size and these pages."""
+    return dtype == np.float16 and head_dim % 8 == 0 and 32 <= head_dim <= 256

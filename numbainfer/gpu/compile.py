@@ -1,9 +1,9 @@
 """From a Python kernel to a cubin, kept on disk between runs.
 
 A kernel is a plain function under `@kernel("f32p i32 f32p", threads=256)`, which names the types of its parameters:
-pointers into device memory, and numbers. numba-cuda compiles it to an intermediate language and nvJitLink that to a cubin, both
-without a GPU; the driver only loads the result. Kernels that are specialised by constants (a head size, a row's width) come from
-a factory under `@family(...)`, which makes one kernel per tuple of constants.
+pointers into device memory, and numbers. numba-cuda compiles it to an intermediate language and nvJitLink that to a
+cubin, both without a GPU; the driver only loads the result. Kernels that are specialised by constants (a head size, a
+row's width) come from a factory under `@family(...)`, which makes one kernel per tuple of constants.
 
 Cubins are stored in the user's cache directory under a hash of this package's sources and its compilers' versions.
 """
@@ -145,7 +145,14 @@ class Kernel:
         with _compiling_for(capability):
             code, _ = cuda.compile(
                 *(self.function, kinds),
-                **{"cc": capability, "fastmath": self.fast, "launch_bounds": bounds, "abi": "numba", "device": False, "output": output},
+                **{
+                    "cc": capability,
+                    "fastmath": self.fast,
+                    "launch_bounds": bounds,
+                    "abi": "numba",
+                    "device": False,
+                    "output": output,
+                },
             )
         return code
 

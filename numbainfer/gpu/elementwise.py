@@ -9,11 +9,13 @@ from numba import cuda
 from numpy import float32
 
 from numbainfer.gpu.compile import family, kernel
+from numbainfer.gpu.half_rows import HalfRows
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.linear_int8 import HeldLinear
+from numbainfer.gpu.linear_mma import HeldProduct
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import advance, half_to_float, wait_for_previous_kernel
-from numbainfer.gpu.quantize import quantize_rows
+from numbainfer.gpu.quantize import HeldRows, quantize_rows
 from numbainfer.gpu.reduce import block_max, block_sum, element
 from numbainfer.quantization import Matrix, QuantizedMatrix, QuantizedRows
 
@@ -98,6 +100,24 @@ def _swiglu(gate_up, width, out):
         row[i] = gate[i] / (float32(1) + math.exp(-gate[i])) * up[i]
 
 
+class HeldGated(HeldRows):
+    """SwiGLU of a product of many tokens, neither launched yet."""
+
+    def __init__(self, stream: Stream, product: HeldProduct, gate_up: DeviceArray, out: QuantizedRows) -> None:
+        super().__init__(stream, "swiglu", gate_up, None, 0.0, out)
+        self.product = product
+        out.halves = None
+
+    def launch(self) -> None:
+        """The product, then its SwiGLU, quantized."""
+        self.product.launch()
+        super().launch()
+
+    def launch_halves(self, halves: HalfRows) -> None:
+        """Both at once."""
+        self.product.launch_gated(halves)
+
+
 def swiglu(stream: Stream, gate_up: DeviceArray, out: DeviceArray | QuantizedRows) -> None:
     """See registry.swiglu."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -105,6 +125,9 @@ def swiglu(stream: Stream, gate_up: DeviceArray, out: DeviceArray | QuantizedRow
         raise ValueError(f"swiglu: gate_up {gate_up.shape}, out {out.shape} do not fit")
     if isinstance(out, QuantizedRows):
         held = stream.take_held()
+        if isinstance(held, HeldProduct) and held.out.pointer == gate_up.pointer and stream.gpu.capability == (9, 0):
+            stream.hold(HeldGated(stream, held, gate_up, out))
+            return
         if isinstance(held, HeldLinear) and held.out.pointer == gate_up.pointer and tokens == 1:
             hidden = stream.scratch("hidden", (1, width))
             held.launch_gated(hidden)

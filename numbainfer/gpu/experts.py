@@ -24,7 +24,7 @@ from numbainfer.gpu.ptx import (
     load_weights,
     wait_for_previous_kernel,
 )
-from numbainfer.gpu.quantize import check_rows
+from numbainfer.gpu.quantize import as_codes, check_rows
 from numbainfer.gpu.reduce import element, warp_max, warp_sum
 from numbainfer.quantization import Matrix, QuantizedMatrix, QuantizedRows
 
@@ -193,6 +193,7 @@ def linear_experts(
         stream.launch(kernel, grid, weight.data, x, starts, tokens, out, rows, width)
         return
     assert isinstance(x, QuantizedRows)
+    as_codes(stream, x)
     check_rows(x, x.tokens, width)
     if x.group != weight.group:
         raise ValueError(f"linear_experts: x {x.shape} of group {x.group}, weight of group {weight.group}")

@@ -1,7 +1,8 @@
 """Activations for the tensor cores: float16, packed so that a tile of tokens is one piece of memory.
 
-Data is [D / 64 blocks, rows, 64] float16: for 64 columns all tokens, then for the next 64. A tile of tokens of one block
-is then contiguous, and one bulk copy brings it to shared memory in the layout that wgmma reads ("128-byte swizzle").
+Data is [D / 64 blocks, rows, 64] float16: for 64 columns all tokens, then for the next 64. A tile of tokens of one
+block is then contiguous, and one bulk copy brings it to shared memory in the layout that wgmma reads ("128-byte
+swizzle").
 Inside a token's 64 columns two permutations apply, both free for whoever writes them:
 
 - columns: column 16j + 2c + e (j < 4, c < 8, e < 2) stands in 16-byte chunk c at half 2j + e. The 16 columns that share
@@ -15,16 +16,30 @@ numbers (a power of two chosen by who writes it), and values beyond 65504 satura
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numba import cuda, types
-from numpy import float32
+from numba import cuda
+from numpy import float32, int32, int64
 
-from numbainfer.gpu.compile import device_function, kernel
-from numbainfer.gpu.ptx import address, load_f32x4, pack_halves, store_i32x4, wait_for_previous_kernel
+from numbainfer.gpu.compile import Kernel, device_function, family, kernel
+from numbainfer.gpu.launch import Stream
+from numbainfer.gpu.memory import DeviceArray
+from numbainfer.gpu.ptx import (
+    address,
+    float_to_half,
+    half_to_float,
+    let_next_kernel_start,
+    load_f32x4,
+    pack_halves,
+    store_i32x4,
+    wait_for_previous_kernel,
+)
+from numbainfer.gpu.reduce import block_sum
 from numbainfer.memory import MemoryPool
+from numbainfer.quantization import QuantizedRows
 
 TILE = 128  # rows are a multiple of this: the widest tile of tokens
 BLOCK = 64  # columns
@@ -92,7 +107,7 @@ def unpack(rows: HalfRows) -> np.ndarray:
 @device_function
 def store_unit(data, rows, token, block, quarter, v0, v1, v2, v3, inverse):
     """Writes a token's columns 16j + 4 * quarter to + 3 of a block, j = 0 to 3: v[j], four numbers each."""
-    at = address(data) + (types.int64(block) * rows + token) * 128
+    at = address(data) + (int64(block) * rows + token) * 128
     place = (2 * quarter) ^ (token & 7)
     for half in range(2):  # the two chunks of this quarter
         e = 2 * half
@@ -113,15 +128,107 @@ def load_four(at, column, width):
     return (float32(0), float32(0), float32(0), float32(0))
 
 
-@kernel("f32p i32 i32 f32 u16p", threads=THREADS, hot=True)
-def halves(x, rows, width, inverse, out):
-    """float32 [T, width] to HalfRows. A block of threads does a token."""
+@family(("plain",), ("norm",), ("swiglu",))
+def _halves(kind: str) -> Kernel:
+    """To HalfRows: x [T, width] ("plain"), its RMSNorm ("norm"), or SwiGLU of x [T, 2 width]. A token to a block."""
+
+    @kernel("f32p f32p i32 f32 i32 f32 u16p", threads=THREADS, hot=True, fast=True)
+    def halves(x, weight, width, eps, rows, inverse, out):
+        let_next_kernel_start()
+        wait_for_previous_kernel()
+        token = int32(cuda.blockIdx.x)
+        at = address(x) + int64(token) * width * (8 if kind == "swiglu" else 4)
+        if kind == "norm":
+            partial = cuda.shared.array(32, float32)
+            squares = float32(0)
+            for column in range(4 * cuda.threadIdx.x, width, 4 * THREADS):
+                v = load_f32x4(at + 4 * column)
+                squares += v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3]
+            inverse *= float32(1) / math.sqrt(block_sum(squares, partial) / float32(width) + eps)
+        for unit in range(cuda.threadIdx.x, ((width + 63) >> 6) * 4, THREADS):
+            block, quarter = int32(unit >> 2), int32(unit & 3)
+            column = int32(64 * block + 4 * quarter)
+            v0, v1 = load_four(at, column, width), load_four(at, column + 16, width)
+            v2, v3 = load_four(at, column + 32, width), load_four(at, column + 48, width)
+            if kind == "norm":
+                norm = address(weight)
+                v0, v1 = times(v0, load_four(norm, column, width)), times(v1, load_four(norm, column + 16, width))
+                v2, v3 = times(v2, load_four(norm, column + 32, width)), times(v3, load_four(norm, column + 48, width))
+            if kind == "swiglu":
+                up = at + 4 * width
+                v0, v1 = gate(v0, load_four(up, column, width)), gate(v1, load_four(up, column + 16, width))
+                v2, v3 = gate(v2, load_four(up, column + 32, width)), gate(v3, load_four(up, column + 48, width))
+            store_unit(out, rows, token, block, quarter, v0, v1, v2, v3, inverse)
+
+    return halves
+
+
+@device_function
+def times(a, b):
+    """Four products."""
+    return a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]
+
+
+@device_function
+def gate(a, b):
+    """silu(a) * b of four numbers."""
+    return silu(a[0]) * b[0], silu(a[1]) * b[1], silu(a[2]) * b[2], silu(a[3]) * b[3]
+
+
+@device_function
+def silu(value):
+    """value / (1 + e^-value)"""
+    return value / (float32(1) + math.exp(-value))
+
+
+@kernel("i8p i32 f32p i32 i32 i32 u16p", threads=THREADS)
+def _from_codes(codes, stride, scales, group, width, rows, out):
+    """QuantizedRows of two planes to HalfRows; a token to a block."""
+    wait_for_previous_kernel()
+    token, groups = cuda.blockIdx.x, width // group
+    line = int64(token) * stride
+    for i in range(cuda.threadIdx.x, (width + 63) & -64, THREADS):
+        value = float32(0)
+        if i < width:
+            q = (int32(codes[line + i]) << 8) + int32(codes[line + stride // 2 + i])
+            value = float32(q) * scales[int64(token) * groups + i // group]
+        out[half_index(rows, token, i)] = float_to_half(min(max(value, float32(-65504)), float32(65504)))
+
+
+@kernel("u16p i32 i32 f32 f32p", threads=THREADS)
+def _to_floats(halves, rows, width, factor, out):
+    """HalfRows to float32 [T, width]; a token to a block."""
     wait_for_previous_kernel()
     token = cuda.blockIdx.x
-    at = address(x) + types.int64(token) * width * 4
-    for unit in range(cuda.threadIdx.x, ((width + 63) >> 6) * 4, THREADS):
-        block, quarter = unit >> 2, unit & 3
-        column = 64 * block + 4 * quarter
-        v0, v1 = load_four(at, column, width), load_four(at, column + 16, width)
-        v2, v3 = load_four(at, column + 32, width), load_four(at, column + 48, width)
-        store_unit(out, rows, token, block, quarter, v0, v1, v2, v3, inverse)
+    for i in range(cuda.threadIdx.x, width, THREADS):
+        out[int64(token) * width + i] = half_to_float(halves[half_index(rows, token, i)]) * factor
+
+
+@device_function
+def half_index(rows, token, column):
+    """Where a number stands in the data of HalfRows."""
+    j, c, e = (column >> 4) & 3, (column >> 1) & 7, column & 1
+    return ((int64(column >> 6) * rows + token) * 8 + (c ^ (token & 7))) * 8 + 2 * j + e
+
+
+def scratch_halves(stream: Stream, name: str, tokens: int, width: int, factor: float = 1.0) -> HalfRows:
+    """HalfRows in the stream's scratch memory of that name."""
+    shape = (-(-width // BLOCK), -(-tokens // TILE) * TILE, BLOCK)
+    return HalfRows(stream.scratch(name, shape, np.uint16), tokens, width, factor)
+
+
+def to_halves(stream: Stream, kind: str, x: DeviceArray, weight: DeviceArray | None, eps: float, out: HalfRows) -> None:
+    """x to HalfRows ("plain"), its RMSNorm ("norm"), or its SwiGLU ("swiglu": x is gate_up)."""
+    arrays = (x, weight, out.width, eps, out.rows, 1 / out.factor, out.data)
+    stream.launch(_halves(kind), out.tokens, *arrays)
+
+
+def halves_of_codes(stream: Stream, x: QuantizedRows, out: HalfRows) -> None:
+    """The values of QuantizedRows."""
+    arrays = (x.codes, x.stride, x.scales, x.group, x.width, out.rows, out.data)
+    stream.launch(_from_codes, x.tokens, *arrays)
+
+
+def floats_of_halves(stream: Stream, x: HalfRows, out: DeviceArray) -> None:
+    """The values of HalfRows in float32 [T, width]."""
+    stream.launch(_to_floats, x.tokens, x.data, x.rows, x.width, x.factor, out)

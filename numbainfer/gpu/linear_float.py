@@ -9,11 +9,14 @@ import numpy as np
 from numba import cuda
 from numpy import float32, int64
 
+from numbainfer.gpu import linear_mma
 from numbainfer.gpu.compile import family, kernel
+from numbainfer.gpu.half_rows import scratch_halves, to_halves
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.linear_int8 import linear_int8
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import address, advance, wait_for_previous_kernel
+from numbainfer.gpu.quantize import FEW
 from numbainfer.gpu.reduce import element, warp_sum
 from numbainfer.quantization import Matrix, QuantizedMatrix, QuantizedRows
 
@@ -76,6 +79,10 @@ def linear(
     (rows, width), tokens = weight.shape, x.shape[0]
     if x.shape[1] != width or out.shape != (tokens, rows):
         raise ValueError(f"linear: x {x.shape}, weight {weight.shape}, out {out.shape} do not fit")
+    if tokens > FEW and linear_mma.serves(weight):
+        halves = scratch_halves(stream, "halves", tokens, width)
+        to_halves(stream, "plain", x, None, 0.0, halves)
+        return linear_mma.linear_mma(stream, halves, weight, bias, residual, out)
     grid = (-(-rows // WARPS), -(-tokens // TOKENS))
     kernel = _linear(str(weight.data.dtype))
     stream.launch(kernel, grid, weight.data, x, bias, residual, out, rows, width, tokens)

@@ -21,6 +21,7 @@ from numpy import float32, int32, int64
 
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
 from numbainfer.gpu.launch import Held, Stream
+from numbainfer.gpu.linear_mma import HeldProduct, linear_mma
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import (
     address,
@@ -44,7 +45,7 @@ from numbainfer.gpu.ptx import (
     shared_u16,
     wait_for_previous_kernel,
 )
-from numbainfer.gpu.quantize import TINY, TOP, HeldRows, check_rows, high_byte, low_byte
+from numbainfer.gpu.quantize import FEW, TINY, TOP, HeldRows, as_codes, as_halves, check_rows, high_byte, low_byte
 from numbainfer.gpu.reduce import block_sum, warp_sum
 from numbainfer.quantization import QuantizedMatrix, QuantizedRows
 
@@ -345,6 +346,13 @@ def linear_int8(
     if x.group != weight.group or out.shape != (tokens, rows):
         raise ValueError(f"linear: x {x.shape}, weight {weight.shape}, out {out.shape} do not fit")
     held = stream.take_held()
+    if tokens > FEW:
+        halves = as_halves(stream, held, x)
+        if residual is None:
+            stream.hold(HeldProduct(stream, halves, weight, bias, out))
+        else:
+            linear_mma(stream, halves, weight, bias, residual, out)
+        return
     if isinstance(held, HeldRows) and held.out.codes.pointer == x.codes.pointer:
         if residual is None:
             stream.hold(HeldLinear(stream, held, weight, bias, out))
@@ -353,6 +361,7 @@ def linear_int8(
         return
     if held is not None:
         held.launch()
+    as_codes(stream, x)
     launch(stream, x, weight, bias, residual, out, None, None)
 
 

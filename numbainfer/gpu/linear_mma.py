@@ -17,26 +17,19 @@ memory, in order, so that results do not change from run to run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
+import numpy as np
 from numba import cuda
 from numpy import float32, int32, int64, uint32
 
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
-from numbainfer.gpu.fragments import (
-    add_spilled,
-    finished,
-    multiply,
-    scale_and_shift,
-    scale_rows,
-    silu_times,
-    spill,
-    wait_for_products,
-    zeros,
-)
+from numbainfer.gpu.fragments import add_spilled, scale_and_shift, scale_rows, silu_times, spill, zeros
 from numbainfer.gpu.half_rows import BLOCK, HalfRows
-from numbainfer.gpu.launch import Stream
+from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.memory import DeviceArray
+from numbainfer.gpu.mma_weights import weight_loader
 from numbainfer.gpu.pipeline import (
     barrier_arrive,
     barrier_init,
@@ -48,24 +41,18 @@ from numbainfer.gpu.pipeline import (
     more_registers,
     synchronize_threads,
 )
+from numbainfer.gpu.products import finished, multiply, wait_for_products
 from numbainfer.gpu.ptx import (
     address,
-    double_half,
     fetch_add,
     let_next_kernel_start,
-    load_constant_u16,
-    load_weights,
-    multiply_halves,
-    permute,
-    prefetch_l2,
     shared_address,
     shared_i32,
     shared_store_i32,
-    subtract_halves,
     wait_for_previous_kernel,
 )
 from numbainfer.gpu.tile_store import make_store, make_store_halves, store_bytes
-from numbainfer.quantization import QuantizedMatrix
+from numbainfer.quantization import AnyMatrix, QuantizedMatrix
 
 CONSUMERS = 256  # threads: two warpgroups; beside them, a warp that copies
 
@@ -76,49 +63,25 @@ def _stages(width: int) -> int:
 
 
 @device_function
-def _widen_word(word, scale):
-    """Four int8 times a float16 scale (twice in a word): two words of two float16 each, rounded once.
-
-    A byte b + 128 under the exponent 0x64 is the float16 1024 + b + 128.
-    """
-    unsigned = word ^ int32(-2139062144)  # 0x80808080
-    low = subtract_halves(permute(unsigned, int32(0x64646464), int32(0x4140)), int32(0x64806480))
-    high = subtract_halves(permute(unsigned, int32(0x64646464), int32(0x4342)), int32(0x64806480))
-    return multiply_halves(low, scale), multiply_halves(high, scale)
-
-
-@device_function
-def _widen(top, bottom, top_scale, bottom_scale):
-    """16 int8 of row g and of row g + 8 to the words of four products: per product g, g + 8 in its first 8 columns,
-    g, g + 8 in its last 8."""
-    a0, a2 = _widen_word(top[0], top_scale)
-    a1, a3 = _widen_word(bottom[0], bottom_scale)
-    b0, b2 = _widen_word(top[1], top_scale)
-    b1, b3 = _widen_word(bottom[1], bottom_scale)
-    c0, c2 = _widen_word(top[2], top_scale)
-    c1, c3 = _widen_word(bottom[2], bottom_scale)
-    d0, d2 = _widen_word(top[3], top_scale)
-    d1, d3 = _widen_word(bottom[3], bottom_scale)
-    return a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3
-
-
-@device_function
-def _load_scale(scales, column, shift):
-    """The scale of a row's group, twice in a word. scales: the address of the row's scales."""
-    return double_half(load_constant_u16(scales + 2 * (column >> shift)))
-
-
-@device_function
 def _last(value, limit):
     """value, or limit - 1 where it is beyond."""
     return value if value < limit else limit - 1
 
 
-@family((128, 2, 1, False), (128, 2, 1, True), (128, 1, 1, False), (64, 1, 2, False), (32, 1, 4, False), (32, 2, 2, True))
-def _linear(width: int, subtiles: int, depth: int, gated: bool, prefetch: bool = False) -> Kernel:
-    """width: tokens of a tile. depth: how many blocks of 64 columns weights are loaded ahead. gated: W's rows are gate
-    and up, and the result silu(gate) * up as HalfRows."""
-    roomy = subtiles == 2 or width == 256  # more registers than an even share, which sm_90 knows how to deal
+@family(
+    ("int8", 128, 2, 1, False),
+    ("int8", 128, 2, 1, True),
+    ("int8", 128, 1, 1, False),
+    ("int8", 64, 1, 4, False),
+    ("int8", 32, 1, 4, False),
+    ("int8", 16, 2, 4, True),
+    ("float16", 128, 1, 1, False),
+    ("uint16", 32, 1, 2, False),
+)
+def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
+    """kind: of weights. width: tokens of a tile. depth: how many blocks of 64 columns weights are loaded ahead. gated:
+    W's rows are gate and up, and the result silu(gate) * up as HalfRows."""
+    roomy = subtiles == 2  # more registers than an even share, which sm_90 knows how to deal
     stages = _stages(width)
     zero, product, done = zeros(width), multiply(width), finished(width)
     spill_tile, add_tile = spill(width), add_spilled(width)
@@ -142,25 +105,23 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool, prefetch: bool =
         """Where a part of the columns begins."""
         return int32(uint32(blocks) * uint32(split) // uint32(splits))
 
+    load, widen, weight_bytes = weight_loader(kind)
     if subtiles == 1:
 
         @device_function
         def load_block(at, block, t, last_column, shift):
-            """A thread's weights and their scales, of 64 columns: 16 columns of row g, and of row g + 8."""
-            column = int32(min(block * BLOCK + 16 * t, last_column))
-            w0, w1 = load_weights(at[0] + column), load_weights(at[2] + column)
-            return w0, _load_scale(at[1], column, shift), w1, _load_scale(at[3], column, shift)
+            """A thread's weights of 64 columns, for its two rows."""
+            first = load(at[0], at[1], block, t, last_column, shift)
+            return first, load(at[2], at[3], block, t, last_column, shift)
     else:
 
         @device_function
         def load_block(at, block, t, last_column, shift):
             """The same for the rows of two subtiles."""
-            column = int32(min(block * BLOCK + 16 * t, last_column))
-            w0, w1 = load_weights(at[0] + column), load_weights(at[2] + column)
-            w2, w3 = load_weights(at[4] + column), load_weights(at[6] + column)
-            s0, s1 = _load_scale(at[1], column, shift), _load_scale(at[3], column, shift)
-            s2, s3 = _load_scale(at[5], column, shift), _load_scale(at[7], column, shift)
-            return w0, s0, w1, s1, w2, s2, w3, s3
+            first = load(at[0], at[1], block, t, last_column, shift)
+            second = load(at[2], at[3], block, t, last_column, shift)
+            third = load(at[4], at[5], block, t, last_column, shift)
+            return first, second, third, load(at[6], at[7], block, t, last_column, shift)
 
     if depth == 1:
 
@@ -183,27 +144,18 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool, prefetch: bool =
             return now, second, third, load_block(at, block + 3, t, last_column, shift)
 
     @device_function
-    def copy_tiles(codes, N, D, x, x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, warp, lane):
-        """The copying warps: one brings the tokens' tiles, stage after stage; all ask L2 for the weights meanwhile."""
+    def copy_tiles(x, x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, lane):
+        """The copying warp: brings the tokens' tiles, stage after stage."""
         stage, phase = int32(0), int32(1)
-        rows = int32(2 * N if gated else N)
         item = int32(cuda.blockIdx.x)
         while item < items:
-            token, split, row_tile = locate(item, token_tiles, splits)
+            token, split, _ = locate(item, token_tiles, splits)
             item = int32(item + cuda.gridDim.x)
             first, end = part(blocks, split, splits), part(blocks, int32(split + 1), splits)
             source = x + int64(first * x_rows + token) * (2 * BLOCK)
-            r = int32(row_tile * block_rows + (warp & 3) * 32 + lane)
-            line0 = address(codes) + int64(_last(r, rows)) * D
-            line1 = address(codes) + int64(_last(r + (N if gated else 128), rows)) * D
-            for block in range(first, end):
+            for _ in range(first, end):
                 barrier_wait(empty + 8 * stage, phase)
-                if warp == CONSUMERS // 32:
-                    fetch(stages_at + stage * stage_bytes, source, stage_bytes, full + 8 * stage, lane)
-                if prefetch and block & 1 == 0:  # a line of 128 bytes is two blocks
-                    prefetch_l2(line0 + block * BLOCK)
-                    if subtiles == 2:
-                        prefetch_l2(line1 + block * BLOCK)
+                fetch(stages_at + stage * stage_bytes, source, stage_bytes, full + 8 * stage, lane)
                 source += int64(x_rows) * (2 * BLOCK)
                 stage = int32(stage + 1)
                 if stage == stages:
@@ -218,7 +170,24 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool, prefetch: bool =
         only=(9, 0) if roomy else None,
     )
     def linear_mma(
-        codes, scales, shift, x, x_rows, factor, bias, residual, out, out_halves, out_rows, out_inverse, N, D, T, splits, partial, counters
+        codes,
+        scales,
+        shift,
+        x,
+        x_rows,
+        factor,
+        bias,
+        residual,
+        out,
+        out_halves,
+        out_rows,
+        out_inverse,
+        N,
+        D,
+        T,
+        splits,
+        partial,
+        counters,
     ):
         shared = cuda.shared.array(0, int32)
         stages_at = int32((shared_address(shared) + 1023) & -1024)
@@ -242,10 +211,8 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool, prefetch: bool =
             if roomy:  # registers are dealt by warpgroup, so there are three idle warps beside the one that copies
                 fewer_registers()
             wait_for_previous_kernel()
-            if warp == CONSUMERS // 32 or prefetch:
-                copy_tiles(
-                    codes, N, D, address(x), x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, warp, lane
-                )
+            if warp == CONSUMERS // 32:
+                copy_tiles(address(x), x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, lane)
             return
 
         if roomy:
@@ -266,8 +233,8 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool, prefetch: bool =
             second = int32(N if gated else 64)  # from a row to its partner in the other subtile
             r0, r1 = int32(_last(row, rows)), int32(_last(row + 8, rows))
             r2, r3 = int32(_last(row + second, rows)), int32(_last(row + second + 8, rows))
-            w0, w1 = address(codes) + int64(r0) * D, address(codes) + int64(r1) * D
-            w2, w3 = address(codes) + int64(r2) * D, address(codes) + int64(r3) * D
+            w0, w1 = address(codes) + int64(r0) * D * weight_bytes, address(codes) + int64(r1) * D * weight_bytes
+            w2, w3 = address(codes) + int64(r2) * D * weight_bytes, address(codes) + int64(r3) * D * weight_bytes
             s0, s1 = address(scales) + int64(r0) * groups * 2, address(scales) + int64(r1) * groups * 2
             s2, s3 = address(scales) + int64(r2) * groups * 2, address(scales) + int64(r3) * groups * 2
 
@@ -278,8 +245,9 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool, prefetch: bool =
             acc1 = zero()
             for block in range(first, end):
                 now = ahead[0]
-                ahead = ahead[1:] + (load_block(row_addresses, int32(block + depth), t, last_column, shift),)
-                wide = _widen(now[0], now[2], now[1], now[3])
+                later = load_block(row_addresses, int32(block + depth), t, last_column, shift)
+                ahead = ahead[1:] + (later,)  # noqa: RUF005 - Numba can't unpack here
+                wide = widen(now[0], now[1])
                 at = int32(stages_at + stage * stage_bytes)
                 barrier_wait(full + 8 * stage, phase)
                 acc0 = product(acc0, wide, at, lane)
@@ -287,7 +255,7 @@ def _linear(width: int, subtiles: int, depth: int, gated: bool, prefetch: bool =
                 if block > first and lane == 0:  # now all products of the stage before are done
                     barrier_arrive(emptied)
                 if subtiles == 2:
-                    acc1 = product(acc1, _widen(now[4], now[6], now[5], now[7]), at, lane)
+                    acc1 = product(acc1, widen(now[2], now[3]), at, lane)
                     wait_for_products()
                 emptied = int32(empty + 8 * stage)
                 stage = int32(stage + 1)
@@ -350,7 +318,6 @@ class Plan:
     depth: int
     splits: int
     tiles: int  # of the result
-    prefetch: bool = False
 
     @property
     def shared(self) -> int:
@@ -363,7 +330,7 @@ class Plan:
 TILE_COST, SPLIT_COST = 5.0, 2.0
 
 
-@lru_cache(maxsize=None)
+@cache
 def choose(rows: int, columns: int, tokens: int, gated: bool, multiprocessors: int, wide: bool) -> Plan:
     """The plan that should take least time. wide: two subtiles are possible (sm_90)."""
     width = next((w for w in (16, 32, 64) if tokens <= w), 128)
@@ -387,27 +354,65 @@ def choose(rows: int, columns: int, tokens: int, gated: bool, multiprocessors: i
 def linear_mma(
     stream: Stream,
     x: HalfRows,
-    weight: QuantizedMatrix,
+    weight: AnyMatrix,
     bias: DeviceArray | None,
     residual: DeviceArray | None,
     out: DeviceArray | HalfRows,
     plan: Plan | None = None,
 ) -> None:
-    """See registry.linear. `out` HalfRows: SwiGLU of the product, whose first half is the gate (sm_90)."""
+    """See registry.linear. `out` HalfRows: SwiGLU of the product, whose first half is the gate (int8 on sm_90)."""
     (rows, columns), tokens = weight.shape, x.tokens
     gated = isinstance(out, HalfRows)
-    rows = rows // 2 if gated else rows
+    target: tuple[Any, ...]
+    if isinstance(out, HalfRows):
+        rows, target = rows // 2, (None, out.data, out.rows, 1 / out.factor)
+    else:
+        target = (out, None, 0, 1.0)
     multiprocessors = stream.gpu.multiprocessors
-    plan = plan or choose(rows, columns, tokens, gated, multiprocessors, stream.gpu.capability == (9, 0))
+    if isinstance(weight, QuantizedMatrix):
+        kind, codes, scales, shift = "int8", weight.codes, weight.scales, weight.group.bit_length() - 1
+    else:
+        kind, codes, scales, shift = str(weight.data.dtype), weight.data, None, 0
+    wide = stream.gpu.capability == (9, 0) and kind == "int8"
+    plan = plan or choose(rows, columns, tokens, gated, multiprocessors, wide)
     partial = counters = None
     if plan.splits > 1:
         partial = stream.scratch("partial", plan.tiles * plan.splits * plan.subtiles * CONSUMERS * plan.width // 2)
         counters = stream.counters(plan.tiles)
     stream.launch(
-        _linear(plan.width, plan.subtiles, plan.depth, gated, plan.prefetch),
-        *(min(multiprocessors, plan.tiles * plan.splits), weight.codes, weight.scales, weight.group.bit_length() - 1),
-        *(x.data, x.rows, x.factor, bias, residual),
-        *((None, out.data, out.rows, 1 / out.factor) if gated else (out, None, 0, 1.0)),
+        _linear(kind, plan.width, plan.subtiles, plan.depth if kind == "int8" else (plan.depth + 1) // 2, gated),
+        *(
+            min(multiprocessors, plan.tiles * plan.splits),
+            codes,
+            scales,
+            shift,
+            x.data,
+            x.rows,
+            x.factor,
+            bias,
+            residual,
+        ),
+        *target,
         *(rows, columns, tokens, plan.splits, partial, counters),
         shared=plan.shared,
     )
+
+
+def serves(weight: AnyMatrix) -> bool:
+    """Whether `linear_mma` takes this matrix: rows have to begin at multiples of 16 bytes, and end with 16 columns."""
+    return isinstance(weight, QuantizedMatrix) or (weight.data.dtype != np.float32 and weight.shape[1] % 16 == 0)
+
+
+class HeldProduct(Held):
+    """A product of many tokens, not launched yet: SwiGLU may follow and become part of it."""
+
+    def __init__(self, stream: Stream, x: HalfRows, weight: QuantizedMatrix, bias: Any, out: DeviceArray) -> None:
+        self.stream, self.x, self.weight, self.bias, self.out = stream, x, weight, bias, out
+
+    def launch(self) -> None:
+        """The product alone."""
+        linear_mma(self.stream, self.x, self.weight, self.bias, None, self.out)
+
+    def launch_gated(self, hidden: HalfRows) -> None:
+        """SwiGLU of the product; the product itself is not written."""
+        linear_mma(self.stream, self.x, self.weight, self.bias, None, hidden)

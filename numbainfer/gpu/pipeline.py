@@ -1,7 +1,8 @@
 """Moving tiles from global to shared memory while others are worked on: barriers in shared memory, and bulk copies.
 
-A barrier (PTX: mbarrier) counts arrivals; when all that are expected have come, its phase flips and who waits for it goes
-on. A stage of a pipeline has two: `full`, which the copy itself completes, and `empty`, at which its readers arrive.
+A barrier (PTX: mbarrier) counts arrivals; when all that are expected have come, its phase flips and who waits for it
+goes on. A stage of a pipeline has two: `full`, which the copy itself completes, and `empty`, at which its readers
+arrive.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def barrier_wait(barrier, parity):
 
 @device_function
 def fetch(to, source, size, barrier, lane):
-    """By a warp: starts the copy of `size` contiguous bytes, a multiple of 16. The barrier expects `fetch_arrivals()`."""
+    """By a warp: starts the copy of `size` contiguous bytes, a multiple of 16, for a barrier of `fetch_arrivals()`."""
     if bulk_copies():
         if lane == 0:
             _expect(barrier, size)

@@ -40,7 +40,9 @@ def _emit(context: Any, builder: Any, text: str, results: list, arguments: list,
         constraints.append("~{memory}")
     attributes = ("convergent",) if effects else ()  # not to be copied into one side of a branch
     function = ir.FunctionType(kind, [value.type for value in values])
-    return builder.call(ir.InlineAsm(function, text, ",".join(constraints), side_effect=effects), values, attrs=attributes)
+    return builder.call(
+        ir.InlineAsm(function, text, ",".join(constraints), side_effect=effects), values, attrs=attributes
+    )
 
 
 def instruction(

@@ -6,12 +6,21 @@ A warp takes one group at a time, up to four values a lane.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import numpy as np
 from numba import cuda
 from numpy import float32, int8, int32, int64, uint16
 
 from numbainfer.gpu.compile import device_function, family, kernel
+from numbainfer.gpu.half_rows import (
+    HIDDEN_FACTOR,
+    HalfRows,
+    floats_of_halves,
+    halves_of_codes,
+    scratch_halves,
+    to_halves,
+)
 from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import (
@@ -105,20 +114,39 @@ def _quantize_rows(kind: str):
     return quantize_rows
 
 
-class HeldRows(Held):
-    """The quantization of one token's row, not launched yet: a product may follow and do it by itself.
+FEW = 4  # tokens up to which products take int8 activations; of more, they are for the tensor cores, in float16
 
-    kind: "plain" or "norm"; x [1, width], with the norm's weight and eps.
+
+class HeldActivations(Held):
+    """The input of a product, not computed yet: a product of many tokens wants it in float16, others want `out`."""
+
+    out: QuantizedRows
+    hidden = False  # of an MLP: values have outliers
+
+    @abstractmethod
+    def launch_halves(self, halves: HalfRows) -> None:
+        """Computes it in float16."""
+
+
+class HeldRows(HeldActivations):
+    """A quantization, not launched yet: a product may follow and do it by itself, or want another form.
+
+    kind: "plain", "norm" or "swiglu"; x [T, width], with the norm's weight and eps.
     """
 
     def __init__(
         self, stream: Stream, kind: str, x: DeviceArray, weight: DeviceArray | None, eps: float, out: QuantizedRows
     ) -> None:
         self.stream, self.kind, self.x, self.weight, self.eps, self.out = stream, kind, x, weight, eps, out
+        self.hidden = kind == "swiglu"
 
     def launch(self) -> None:
         """Quantizes."""
         _launch(self.stream, self.kind, self.x, self.weight, self.eps, self.out)
+
+    def launch_halves(self, halves: HalfRows) -> None:
+        """To float16."""
+        to_halves(self.stream, self.kind, self.x, self.weight, self.eps, halves)
 
 
 def quantize_rows(
@@ -126,7 +154,8 @@ def quantize_rows(
 ) -> None:
     """Quantizes x ("plain"), its RMSNorm ("norm") or SwiGLU ("swiglu": x is gate_up). A block is a part of a row."""
     check_rows(out, *out.shape)
-    if out.tokens == 1 and kind != "swiglu":
+    out.halves = None
+    if out.tokens > FEW or (out.tokens == 1 and kind != "swiglu"):
         stream.hold(HeldRows(stream, kind, x, weight, eps, out))
     else:
         _launch(stream, kind, x, weight, eps, out)
@@ -145,6 +174,33 @@ def quantize(stream: Stream, x: DeviceArray, out: QuantizedRows) -> None:
     """See registry.quantize."""
     check_rows(out, *x.shape)
     quantize_rows(stream, "plain", x, None, 0.0, out)
+
+
+def as_halves(stream: Stream, held: Held | None, x: QuantizedRows) -> HalfRows:
+    """The input of a product in float16: computed so, if it is what `held` is to compute, or converted."""
+    mine = isinstance(held, HeldActivations) and held.out.codes.pointer == x.codes.pointer
+    if held is not None and not mine:
+        held.launch()
+    if x.halves is None:
+        factor = HIDDEN_FACTOR if isinstance(held, HeldActivations) and mine and held.hidden else 1.0
+        halves = scratch_halves(stream, f"halves of {x.codes.pointer}", x.tokens, x.width, factor)
+        if isinstance(held, HeldActivations) and mine:
+            held.launch_halves(halves)
+            x.halves = halves  # and the codes are what they were
+        else:
+            halves_of_codes(stream, x, halves)
+            return halves
+    return x.halves
+
+
+def as_codes(stream: Stream, x: QuantizedRows) -> None:
+    """Sees to it that the codes of x hold its values."""
+    stream.flush()
+    if x.halves is not None:
+        values = stream.scratch("floats of halves", x.shape)
+        floats_of_halves(stream, x.halves, values)
+        x.halves = None
+        _launch(stream, "plain", values, None, 0.0, x)
 
 
 def check_rows(rows: QuantizedRows, tokens: int, width: int) -> None:

@@ -103,7 +103,7 @@ def make_store(width: int) -> Any:
 
 @cache
 def make_store_halves(width: int) -> Any:
-    """store(acc, tile, warp, lane, out, out_rows, first_row, N, first_token): the same to HalfRows of `out_rows` rows."""
+    """store(acc, tile, warp, lane, out, out_rows, first_row, N, first_token): to HalfRows of `out_rows` rows."""
     piece = min(width, 64)
     put = halves_to_shared(piece)
 
