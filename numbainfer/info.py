@@ -11,7 +11,6 @@ from numbainfer.converters.convert import SourceWeights, stored_bytes
 from numbainfer.converters.source_options import SourceOptions
 from numbainfer.loading import context_size, open_model
 from numbainfer.machine import memory_bytes
-from numbainfer.model import CHUNK
 from numbainfer.quantization import QuantizedMatrix
 from numbainfer.specs import Parameter, active_parameter_count, parameter_count, parameter_groups
 
@@ -96,7 +95,7 @@ def as_text(facts: dict[str, Any]) -> dict[str, str]:
 
 def workspace_bytes(config: ModelConfig, ctx_size: int) -> int:
     """About what a step needs besides weights and cache: activations of a chunk, RoPE's tables, logits."""
-    tokens = min(CHUNK, ctx_size)
+    tokens = min(512, ctx_size)  # the CPU's chunk
     heads = config.heads * config.head_dim
     qkv, inner, hidden = heads + 2 * config.kv_heads * config.head_dim, config.intermediate_size, config.hidden_size
     floats = hidden + qkv + 2 * inner  # x, qkv, gate and up, in float32; what matrices take in, as two int8 planes

@@ -24,7 +24,7 @@ from numbainfer.converters.source_options import NO_OPTIONS, SourceOptions
 from numbainfer.device import Device
 from numbainfer.engine import DEFAULT_CTX_SIZE, Engine
 from numbainfer.errors import NumbaInferError
-from numbainfer.model import CHUNK, Model
+from numbainfer.model import Model
 from numbainfer.progress import Progress
 from numbainfer.registry import bind
 from numbainfer.sampling_params import SamplingParams
@@ -164,7 +164,7 @@ def load(
     ctx_size: int | None = None,
     threads: int | None = None,
     source_options: SourceOptions = NO_OPTIONS,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     sequences: int = 1,
     progress: Progress | None = None,
 ) -> LoadedModel:

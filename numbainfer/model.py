@@ -22,7 +22,6 @@ from numbainfer.quantization import AnyMatrix, Matrix, QuantizedMatrix, Quantize
 from numbainfer.registry import Operators
 from numbainfer.specs import layer_specs
 
-CHUNK = 512  # the most tokens of a step: prompts are taken in chunks of this
 AHEAD = 4  # steps that greedy decoding may be ahead of who reads its tokens
 GREEDY = -1  # in place of a number of rows: a step that also chooses its tokens and goes on to the next position
 _KEPT_PROGRAMS = 16
@@ -106,12 +105,12 @@ class Model:
         ctx_size: int,
         *,
         sequences: int = 1,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         eager: bool = False,
     ) -> None:
         self.ops = ops
         self.config = config = weights.config
-        self.chunk = min(chunk, max(ctx_size, sequences))  # a token of each sequence fits too
+        self.chunk = min(chunk or ops.backend.CHUNK, max(ctx_size, sequences))  # a token of each sequence fits too
         self.eager = eager
         self.runs_ahead: bool = ops.backend.RUNS_AHEAD  # `greedy` is faster than steps one by one
         weights = self._weights = UploadedWeights(ops, weights)

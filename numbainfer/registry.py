@@ -236,6 +236,7 @@ MIXTURE = ("route", "group_by_expert", "linear_experts", "combine")
 #   upload(pool, array) -> a NumPy array's values on the device: the array itself where that is possible
 #   download(stream, array) -> a device's array as a NumPy array, which lives until the next download
 #   shared_array(stream, shape, dtype) -> (the device's array, the same memory as a NumPy array)
+#   CHUNK: the most tokens of a step, unless told otherwise: prompts are taken in chunks of this
 #   RUNS_AHEAD: whether launches return before they are done
 #   mark(stream) -> a function that waits until what was launched so far is done
 #   device_name(device) -> what the device calls itself

@@ -131,8 +131,10 @@ def check_attention(
     out = machine.out(tokens, width)
     machine.run("attention", *arguments, out)
     # A mean of values: errors are relative to the largest value, and a score of size s adds s * 2^-24 through e^s.
+    # The GPU's tensor cores, for many tokens, take queries and weights in float16.
     largest = max(np.abs(v.astype(np.float64)).max() for v in values)
-    assert_within(machine.get(out), expected, 2e-6 * largest)
+    halves = machine.ops.device.kind == "cuda" and dtype == "float16" and (tokens > 64 or head_dim not in (32, 64, 128))
+    assert_within(machine.get(out), expected, (2e-3 if halves else 2e-6) * largest)
 
     for group in [g for g in (32, 64, 128) if width % g == 0]:
         rows = machine.rows(tokens, width, group, planes=1 + tokens % 2)

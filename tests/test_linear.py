@@ -12,9 +12,6 @@ from test_operators import GROUPED, TOKENS, WIDTHS, stored_as
 from numbainfer.quantization import Matrix, QuantizedMatrix, QuantizedRows, dequantize
 
 OUTS = [1, 31, 33, 97, 151]  # around one and several tiles of 32 rows
-SUM_ERROR = 1e-6
-"""Error of a float32 sum of products, relative to the sum of their magnitudes: about 16 roundings of 2^-24. A sum in
-16 lanes of up to 128 each could be off by 8 times that if all roundings went one way; random ones add like a root."""
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -26,7 +23,11 @@ def test_float_weights(machine: Machine, width: int, tokens: int, dtype: str) ->
         stored, w = stored_as(normal(outs, outs, width), dtype)
         out = machine.out(tokens, outs)
         machine.run("linear", machine.put(x), Matrix(machine.put(stored)), None, None, out)
-        assert_within(machine.get(out), reference.linear(x, w), SUM_ERROR * reference.linear(abs(x), abs(w)))
+        assert_within(
+            machine.get(out),
+            reference.linear(x, w),
+            machine.sum_error(tokens, dtype) * reference.linear(abs(x), abs(w)),
+        )
 
 
 def host_rows(machine: Machine, rows: QuantizedRows) -> np.ndarray:
@@ -50,7 +51,8 @@ def test_int8_weights(machine: Machine, tokens: int, width: int, group: int, pla
         w = host_matrix(machine, weight)
         out = machine.out(tokens, outs)
         machine.run("linear", rows, weight, None, None, out)
-        assert_within(machine.get(out), reference.linear(x, w), SUM_ERROR * reference.linear(abs(x), abs(w)))
+        bound = machine.sum_error(tokens) * reference.linear(abs(x), abs(w))
+        assert_within(machine.get(out), reference.linear(x, w), bound)
 
 
 @pytest.mark.parametrize(("planes", "unit"), [(1, 1), (2, 1), (2, 256)])
@@ -91,7 +93,8 @@ def test_int8_sums_of_two_full_planes_do_not_overflow(machine: Machine, tokens: 
     out = machine.out(tokens, outs)
     machine.run("linear", rows, weight, None, None, out)
     wide = w.astype(np.float64)
-    assert_within(machine.get(out), reference.linear(x, wide), SUM_ERROR * reference.linear(abs(x), abs(wide)))
+    bound = machine.sum_error(tokens) * reference.linear(abs(x), abs(wide))
+    assert_within(machine.get(out), reference.linear(x, wide), bound)
 
 
 @pytest.mark.parametrize("planes", [1, 2])
@@ -114,7 +117,7 @@ def test_int8_with_one_large_weight_in_a_group(machine: Machine, tokens: int, gr
     machine.run("linear", rows, weight, None, None, out)
     x, w = host_rows(machine, rows), host_matrix(machine, weight)
     surplus = 128 * np.repeat(scales.astype(np.float64), group, axis=1)
-    bound = SUM_ERROR * reference.linear(abs(x), abs(w) + surplus)
+    bound = machine.sum_error(tokens) * reference.linear(abs(x), abs(w) + surplus)
     assert_within(machine.get(out), reference.linear(x, w), bound)
 
 
@@ -142,7 +145,7 @@ def test_bias_and_residual(machine: Machine, storage: str | int, tokens: int, re
         *(source, weight, None if b is None else machine.put(b), out if residual == "in place" else apart, out),
     )
     magnitude = reference.linear(abs(host_x), abs(w)) + 10  # no bias and no residual is above 5
-    assert_within(machine.get(out), reference.linear(host_x, w, b, r), SUM_ERROR * magnitude)
+    assert_within(machine.get(out), reference.linear(host_x, w, b, r), machine.sum_error(tokens) * magnitude)
     if apart is not None:
         assert_array_equal(machine.get(apart), r)
 
@@ -154,7 +157,9 @@ def test_rows_for_fewer_tokens_than_the_memory_holds(machine: Machine, planes: i
     every, some = machine.out(9, 33), machine.out(5, 33)
     machine.run("linear", rows, weight, None, None, every)
     machine.run("linear", rows.first(5), weight, None, None, some)
-    bound = SUM_ERROR * reference.linear(abs(host_rows(machine, rows)), abs(host_matrix(machine, weight)))[:5]
+    bound = (
+        machine.sum_error(9) * reference.linear(abs(host_rows(machine, rows)), abs(host_matrix(machine, weight)))[:5]
+    )
     assert_within(machine.get(some), machine.get(every)[:5], bound)
 
 

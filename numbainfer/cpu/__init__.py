@@ -24,9 +24,11 @@ from numbainfer.memory import Allocator, HostAllocator, MemoryPool
 # speculation, give what they would give one by one.
 TWO_PLANES_TOKENS = 16
 
+CHUNK = 512
 RUNS_AHEAD = False  # launches are done when they return
 
 __all__ = [
+    "CHUNK",
     "RUNS_AHEAD",
     "BandwidthProbe",
     "activation_planes",

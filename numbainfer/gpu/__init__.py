@@ -22,9 +22,11 @@ from numbainfer.gpu.rope import rope, rope_and_store
 from numbainfer.gpu.select import argmax, greedy, top_k
 from numbainfer.memory import Allocator, MemoryPool
 
+CHUNK = 2048  # fewer would leave multiprocessors without work
 RUNS_AHEAD = True  # launches are queued: the device can go on while the host reads what it chose
 
 __all__ = [
+    "CHUNK",
     "RUNS_AHEAD",
     "BandwidthProbe",
     "activation_planes",

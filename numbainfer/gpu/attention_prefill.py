@@ -71,7 +71,7 @@ def _quad_sum(value):
     return value + cuda.shfl_xor_sync(0xFFFFFFFF, value, 2)
 
 
-@family((64, True), (128, True), (96, False), (72, False), (256, False))
+@family((64, True), (128, True), (72, False), (256, False))
 def _attention(head_dim: int, halves: bool) -> Kernel:
     """halves: the result goes to HalfRows."""
     blocks = -(-head_dim // 64)  # of 64 columns of a head; the last may be narrower
