@@ -159,7 +159,7 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
     if architectures[0] not in FAMILIES:
         known = ", ".join(FAMILIES)
         name = architectures[0][:60]
-        raise NumbaInferError(f"{where}: architecture {name} is not supported (supported: {known})")
+        raise NumbaInferError(f"{where}: architecture {shown_key(name)} is not supported (supported: {known})")
     return FAMILIES[architectures[0]]
 
 

@@ -92,7 +92,7 @@ def _json(data: bytes, end: int, rng: random.Random) -> tuple[str, bytes]:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Within, nothing may take a gigabyte more than is there, or SECONDS on end (see `attempt`)."""
+    """Within, nothing may take a gigabyte more than is there, or SECONDS of the processor (see `attempt`)."""
     try:
         import resource
     except ImportError:  # Windows
@@ -102,11 +102,11 @@ def guarded() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_AS)
     if pages is not None:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + GIGABYTE, before[1]))
-    handler = signal.signal(signal.SIGALRM, _too_long)
+    handler = signal.signal(signal.SIGPROF, _too_long)
     try:
         yield
     finally:
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGPROF, handler)
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
@@ -117,7 +117,7 @@ def _too_long(number: int, frame: FrameType | None) -> None:
 def attempt(path: Path, ops: Operators) -> dict[str, np.ndarray] | str:
     """All that a conversion reads of a model, as float32 by name; or the one line that says why not."""
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         with open_source(path, require_tokenizer=False) as source:
             reader = SourceReader(source, Target("float32"), ops)
@@ -132,4 +132,4 @@ def attempt(path: Path, ops: Operators) -> dict[str, np.ndarray] | str:
         return str(error)
     finally:
         if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)

@@ -11,6 +11,8 @@ import lineage_files as lineage
 import numpy as np
 import pytest
 import source_files as files
+from building import DATA
+from command import numbainfer, succeed
 from test_sources import assert_equal, read_all
 from tiny_tokenizers import needs_real_files, real_file
 from torch_files import write_legacy_torch, write_torch
@@ -239,3 +241,32 @@ def test_llama3_ranks_are_its_tokenizer_json() -> None:
     pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in theirs["model"]["merges"]]
     assert sorted(map(tuple, made["model"]["merges"])) == sorted(pairs)
     assert {token["content"]: token["id"] for token in made["added_tokens"]} == special
+
+
+def test_the_options_reach_every_command(tmp_path: Path) -> None:
+    """stories260K as KuiperLLama exports it: with --rope-layout half-split it tells the same story."""
+    with open_source(DATA / "stories260K.bin", require_tokenizer=False) as source:
+        layers = source.config["num_hidden_layers"]
+        names = [f"model.layers.{layer}.{part}.weight" for part in files.PARTS for layer in range(layers)]
+        names = ["model.embed_tokens.weight", *names, "model.norm.weight"]
+        arrays = [source.tensors[name].rows(0, source.tensors[name].shape[0]) for name in names]
+        tables = np.zeros(source.config["max_position_embeddings"] * source.config["head_dim"], np.float32)
+    header = (DATA / "stories260K.bin").read_bytes()[:28]
+    model = tmp_path / "kuiper.bin"
+    model.write_bytes(header + b"".join(array.tobytes() for array in [*arrays, tables]))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**source.config, "rope_theta": 2.0}))
+
+    prompt = ("Once upon a time", "-n", 12, "--temperature", 0, "--json")
+    options = ("--tokenizer", DATA / "tok512.bin", "--rope-layout", "half-split")
+    expected = succeed("run", DATA / "stories260K.bin", *prompt).json["tokens"]
+    assert succeed("run", model, *prompt, *options).json["tokens"] == expected
+    assert succeed("run", model, *prompt, *options[:2]).json["tokens"] != expected
+    assert succeed("run", model, *prompt, *options, "--rope-theta", 2).json["tokens"] != expected
+    assert succeed("run", model, *prompt, *options, "--config", config).json["tokens"] != expected
+    succeed("convert", model, tmp_path / "out", *options, "--rope-theta", 20000)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 20000
+    succeed("info", model, *options)
+    succeed("bench", model, *options, "-p", 4, "-n", 0, "-r", 1)
+    error = numbainfer("run", tmp_path / "out", "x", "--rope-theta", 2).error
+    assert "--rope-theta is for models that don't say it themselves; a converted model has its own" in error
