@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ from numbainfer.tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000
 _CHUNK_VALUES = 4 << 20  # values of a matrix that are worked on at a time: 16 MiB as float32
+_WORKERS = min(8, os.cpu_count() or 1)  # each has a chunk and what NumPy makes of it on the way: about 100 MiB
 _SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -111,11 +115,30 @@ class SourceReader:
                 yield start, out
 
     def _chunks(self, tensor: SourceTensor) -> Iterator[tuple[int, np.ndarray]]:
-        width = tensor.shape[1] if len(tensor.shape) == 2 else 1
+        count, width = tensor.shape[0], tensor.shape[1] if len(tensor.shape) == 2 else 1
         step = max(1, _CHUNK_VALUES // width)
-        for start in range(0, tensor.shape[0], step):
-            yield start, tensor.rows(start, min(tensor.shape[0], start + step))
+        if tensor.computed:
+            yield from self._computed_chunks(tensor, min(step, max(1, -(-count // (2 * _WORKERS)))))
+            return
+        for start in range(0, count, step):
+            yield start, tensor.rows(start, min(count, start + step))
             self.source.forget_pages()
+
+    def _computed_chunks(self, tensor: SourceTensor, step: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Some chunks ahead in threads: NumPy, which dequantizes, lets them run at once."""
+        ahead: deque[tuple[int, Future[np.ndarray]]] = deque()
+        for start in range(0, tensor.shape[0], step):
+            ahead.append((start, self._pool.submit(tensor.rows, start, min(tensor.shape[0], start + step))))
+            if len(ahead) > _WORKERS:
+                first, rows = ahead.popleft()
+                yield first, rows.result()
+                self.source.forget_pages()
+        for first, rows in ahead:
+            yield first, rows.result()
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_WORKERS, "dequantize")
 
     def _not_finite(self, tensor: SourceTensor) -> NumbaInferError:
         return NumbaInferError(f"{self.source.path}: tensor {tensor.name} has NaN or infinite values")

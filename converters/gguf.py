@@ -191,7 +191,7 @@ def _tensor(path: Path, name: str, tensor: Any, head_dim: int | None) -> SourceT
         with np.errstate(all="ignore"):  # a NaN or infinity in a scale is the caller's to find
             return np.asarray(dequantize(stored_rows(start, stop), kind), np.float32)
 
-    return SourceTensor(name, shape, "float32", read)
+    return SourceTensor(name, shape, "float32", read, computed=True)
 
 
 def _rows(data: Array, head_dim: int | None) -> Callable[[int, int], Array]:

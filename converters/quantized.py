@@ -97,7 +97,7 @@ def _gptq(settings: dict[str, Any]) -> Combine:
             scales = _float32(parts["scales"], start, stop)
             return np.ascontiguousarray(((q - zeros.astype(np.float32)[index]) * scales[index]).T)
 
-        return SourceTensor(f"{base}.weight", (outs, ins), "float32", read)
+        return SourceTensor(f"{base}.weight", (outs, ins), "float32", read, computed=True)
 
     return combine
 
@@ -124,7 +124,7 @@ def _awq(settings: dict[str, Any]) -> Combine:
             grouped *= _float32(parts["scales"], start, stop)[:, None]
             return np.ascontiguousarray(grouped.reshape(ins, stop - start).T)
 
-        return SourceTensor(f"{base}.weight", (outs, ins), "float32", read)
+        return SourceTensor(f"{base}.weight", (outs, ins), "float32", read, computed=True)
 
     return combine
 
@@ -242,7 +242,7 @@ def _fp8_matrix(tensor: SourceTensor, scale: SourceTensor, block: list[int] | No
         factors = factors.reshape(-(-outs // high), -(-ins // wide))[np.arange(start, stop) // high]
         return _E4M3[tensor.rows(start, stop)] * np.repeat(factors, wide, axis=1)[:, :ins]
 
-    return SourceTensor(tensor.name, tensor.shape, "float32", read)
+    return SourceTensor(tensor.name, tensor.shape, "float32", read, computed=True)
 
 
 def _e4m3_table() -> Array:

@@ -30,6 +30,7 @@ class SourceTensor:
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[int, int], Array] = field(repr=False)
+    computed: bool = False  # rows are worked out rather than looked at: worth doing several chunks at once
 
     def rows(self, start: int, stop: int) -> Array:
         """Rows start..stop of the first axis, [stop - start, *shape[1:]].
