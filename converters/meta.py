@@ -50,7 +50,11 @@ def open_meta(directory: Path, options: SourceOptions) -> Source:
         tensors = _renamed(tensors, config)
     except NumbaInferError as error:
         raise NumbaInferError(f"{directory}: {error}") from error
-    tokenizer = tokenizer_files.from_directory(directory, config["vocab_size"])
+    # LLaMA 1 and 2 were given out with one tokenizer beside the directories of all sizes.
+    vocab = config["vocab_size"]
+    tokenizer = tokenizer_files.from_directory(directory, vocab) or tokenizer_files.from_directory(
+        directory.parent, vocab
+    )
     # Made with the tokenizer of LLaMA 3, which has several tokens that end a text.
     generation = json.loads(tokenizer.pop("generation_config.json", b"null"))
     return Source(directory, "meta", config, generation, tokenizer, tensors, [file.mapping for file in files])

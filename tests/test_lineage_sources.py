@@ -14,13 +14,15 @@ import source_files as files
 from building import DATA
 from command import numbainfer, succeed
 from test_sources import assert_equal, read_all
-from tiny_tokenizers import needs_real_files, real_file
+from tiny_tokenizers import needs_real_files, real_file, sentencepiece_model
 from torch_files import write_legacy_torch, write_torch
 
 from numbainfer import NumbaInferError
 from numbainfer.converters import tokenizer_files
+from numbainfer.converters.convert import Target, convert
 from numbainfer.converters.source import Source, open_source
 from numbainfer.converters.source_options import SourceOptions
+from numbainfer.converters.vocabulary import gguf_tokenizer_files
 from numbainfer.tokenizer import Tokenizer
 
 GROUP = 8  # divides 24 and 40
@@ -82,6 +84,35 @@ def test_all_roads_give_the_same_float32_model(tmp_path: Path, tied: bool) -> No
             tensor = source.tensors["model.layers.0.self_attn.q_proj.weight"]
             for start, stop in ((0, 0), (7, 7), (3, 20), (13, 14)):
                 np.testing.assert_array_equal(tensor.rows(start, stop), tensors[tensor.name][start:stop], err_msg=road)
+
+
+def test_conversions_of_all_roads_are_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lineage, "VOCAB", 10)
+    tensors = even(files.weights(False))
+    config = files.CONFIG | {"vocab_size": 10, "tie_word_embeddings": False}
+    roads = [
+        files.write_huggingface(tmp_path / "hf", tensors, config),
+        write_bin(tmp_path / "bin", tensors),
+        lineage.write_meta(tmp_path / "meta", tensors),
+        lineage.write_version1(tmp_path / "v1.bin", tensors),
+        files.write_gguf(tmp_path / "m.gguf", files.as_gguf(tensors)),
+    ]
+    (tmp_path / "bin" / "config.json").write_text(json.dumps(config))
+    vocabulary = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": [*"abc"]}
+    (tmp_path / "tokenizer.json").write_bytes(gguf_tokenizer_files(vocabulary)["tokenizer.json"])
+    results = set()
+    for number, path in enumerate(roads):
+        with opened(path, tokenizer=tmp_path / "tokenizer.json") as source:
+            convert(source, tmp_path / f"out{number}", Target("float32"))
+        results.add((tmp_path / f"out{number}" / "model.safetensors").read_bytes())
+    assert len(results) == 1
+
+
+def test_metas_tokenizer_may_lie_above(tmp_path: Path) -> None:
+    directory = lineage.write_meta(tmp_path / "llama-2-7b", files.weights(), shards=1)
+    assert not opened(directory).tokenizer_files
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    assert opened(directory).tokenizer_files == {"tokenizer.model": sentencepiece_model()}
 
 
 @pytest.mark.parametrize("tied", [True, False])
