@@ -45,7 +45,8 @@ class Engine:
         self.drafter = drafter
         # Those that no reply is using, the longest unused first. They keep their tokens for prompts that begin alike.
         self._idle = [model.cache.add_sequence() for _ in range(len(model.cache.page_table))]
-        self._sequence = self._idle[0]  # of prefill, decode and logits
+        self._sequence = self._idle[0]  # of prefill and decode, which leave it among the idle ones
+        self._length = -1  # of that, as they left it
 
     @property
     def ctx_size(self) -> int:
@@ -92,12 +93,10 @@ class Engine:
         waiting, active = deque(replies), list[Reply]()
         try:
             while waiting or active:
-                while waiting and self._idle:
-                    reply = waiting.popleft()
-                    reply.start(self._borrow(reply.generation.prompt))
-                    active.append(reply)
-                if not active:
-                    raise NumbaInferError("all sequences of the KV cache are in use: end another reply first")
+                while waiting and (self._idle or not active):
+                    sequence = self._borrow(waiting[0].generation.prompt)
+                    active.append(waiting.popleft())
+                    active[-1].start(sequence)
                 greedy = self.model.runs_ahead and self.drafter is None and all(r.decodes_greedily for r in active)
                 for reply, piece in self._decode(active) if greedy else self._advance(active):
                     if piece:
@@ -115,6 +114,8 @@ class Engine:
 
     def _borrow(self, prompt: list[int]) -> Sequence:
         """The idle sequence that has most of the prompt's beginning, cut to what they share."""
+        if not self._idle:
+            raise NumbaInferError("all sequences of the KV cache are in use: end another reply first")
         # All but the last token, which is run anyway: for its logits
         sequence = max(self._idle, key=lambda one: self._shared(one, prompt))  # of equals the first
         self._idle.remove(sequence)
@@ -181,32 +182,38 @@ class Engine:
     def prefill(self, prompt: list[int], statistics: Statistics | None = None) -> np.ndarray:
         """For loops of one's own: brings the cache to hold exactly `prompt`; logits [1, vocabulary] after its last
         token. `decode` goes on from there, as long as nothing else is generated in between."""
-        sequence = self._sequence
-        shared = self._shared(sequence, prompt)
-        self.model.cache.truncate(sequence, shared)
+        sequence = self._sequence = self._borrow(prompt)
+        self._idle.append(sequence)
         if statistics is not None:
-            statistics.cached_tokens = shared
+            statistics.cached_tokens = len(sequence)
         logits = None
-        for start in range(shared, len(prompt), self.model.chunk):
+        for start in range(len(sequence), len(prompt), self.model.chunk):
             part = prompt[start : start + self.model.chunk]
             logits = self._step([(sequence, part)], int(start + len(part) == len(prompt)), len(prompt))
         assert logits is not None
+        self._length = len(sequence)
         return logits
 
     def decode(self, token: int) -> np.ndarray:
         """Appends one token; logits [1, vocabulary] after it."""
+        if self._sequence not in self._idle or len(self._sequence) != self._length:
+            raise NumbaInferError("decode goes on from prefill, and something else was generated in between")
         logits = self._step([(self._sequence, [token])], 1)
         assert logits is not None
+        self._length += 1
         return logits
 
     def logits(self, tokens: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """(first position, logits [n, vocabulary]) for chunk after chunk of a fresh sequence of tokens."""
-        self.model.cache.truncate(self._sequence, 0)
-        for start in range(0, len(tokens), self.model.chunk):
-            part = tokens[start : start + self.model.chunk]
-            result = self._step([(self._sequence, part)], len(part), len(tokens))
-            assert result is not None
-            yield start, result
+        sequence = self._borrow([])
+        try:
+            for start in range(0, len(tokens), self.model.chunk):
+                part = tokens[start : start + self.model.chunk]
+                result = self._step([(sequence, part)], len(part), len(tokens))
+                assert result is not None
+                yield start, result
+        finally:
+            self._idle.append(sequence)
 
     def _step(self, parts: list[tuple[Sequence, list[int]]], rows: int, length: int = 0) -> np.ndarray | None:
         """Appends tokens to sequences in one step; logits of the last `rows` of them. Each sequence may come twice.

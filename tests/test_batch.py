@@ -144,6 +144,38 @@ def test_open_streams_keep_their_sequences(ops: Operators) -> None:
     assert len(list(engine.generate(prompts[0], params)[1])) > 0
 
 
+def test_loops_of_ones_own_beside_open_streams(ops: Operators) -> None:
+    """logits, prefill and decode use what no stream is using; decode knows when it can't go on."""
+    engine = build(ops, 2)
+    params = SamplingParams(max_tokens=20)
+    prompt = engine.tokenizer.encode(TEXTS[0])
+    expected = alone(engine, prompt, params)
+    (_, reference), *_ = build(ops, 1).logits(prompt)
+    generation, pieces = engine.generate(prompt, params)
+    next(pieces)
+    for own in (prompt, engine.tokenizer.encode(TEXTS[1]), prompt):
+        np.testing.assert_array_equal(next(engine.logits(prompt))[1], reference)
+        first = engine.prefill(own).copy()
+        assert engine.decode(int(first.argmax())).shape == first.shape
+        next(pieces)
+    list(pieces)
+    assert generation.text == expected.text
+    engine.prefill(prompt)
+    both = [engine.generate(prompt, params) for _ in range(2)]
+    for _, stream in both:
+        next(stream)
+    with pytest.raises(NumbaInferError, match="something else was generated in between"):
+        engine.decode(5)
+    for use in (lambda: engine.prefill(prompt), lambda: next(engine.logits(prompt))):
+        with pytest.raises(NumbaInferError, match="all sequences of the KV cache are in use"):
+            use()
+    for other, stream in both:
+        list(stream)
+        assert other.text == expected.text
+    with pytest.raises(NumbaInferError, match="goes on from prefill"):
+        build(ops, 1).decode(5)
+
+
 def test_the_longest_shared_prefix() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
