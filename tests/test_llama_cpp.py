@@ -6,6 +6,7 @@ llama-cpp-python is no dependency: where it is not installed, or no real models 
 from __future__ import annotations
 
 import math
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,8 @@ def test_real_models(name: str) -> None:
     ours = load(path, ctx_size=CONTEXT, chunk=128).engine
     llama = llama_cpp.Llama(str(path), n_ctx=CONTEXT, n_batch=CONTEXT, logits_all=True, verbose=False)
     for text in (TEXT, *TEXTS):
-        if "\x00" not in text:  # llama.cpp takes C strings
+        # llama.cpp takes C strings, and does not compose characters as Qwen's own tokenizer does
+        if "\x00" not in text and unicodedata.is_normalized("NFC", text):
             assert ours.tokenizer.encode(text, bos=False) == llama.tokenize(text.encode(), add_bos=False, special=True)
     text = TEXT[:3000]
     tokens = ours.tokenizer.encode(text, bos=False)
