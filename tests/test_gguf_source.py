@@ -1,11 +1,13 @@
 """The GGUF reader: types, names, metadata and RoPE factors become what Hugging Face would have."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import source_files as files
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 
@@ -278,3 +280,32 @@ def test_split(tmp_path: Path) -> None:
     files.write_gguf(tmp_path / "m" / "other.gguf", EMBEDDING)
     with pytest.raises(NumbaInferError, match="has several GGUF models; give one of them"):
         open_gguf(tmp_path / "m")
+
+
+def dequantizable() -> list[Type]:
+    """Every type that the library can dequantize, asked of itself."""
+    found = []
+    for kind in Type:
+        with contextlib.suppress(NotImplementedError, KeyError):
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+            found.append(kind)
+    return found
+
+
+def test_every_type_that_the_library_dequantizes(tmp_path: Path) -> None:
+    """Random bits, NaN and all: rows asked for in pieces are the library's whole matrix."""
+    kinds = [kind for kind in dequantizable() if kind.name not in ("F32", "F16", "BF16")]
+    assert len(kinds) >= 20
+    rng = np.random.default_rng(0)
+    stored = {}
+    for number, kind in enumerate(kinds):
+        block, size = GGML_QUANT_SIZES[kind]
+        stored[number] = rng.integers(0, 256, (6, 256 // block * size), dtype=np.uint8)
+    tensors = {f"blk.{n}.ffn_up.weight": (data, kinds[n]) for n, data in stored.items()}
+    source = open_gguf(files.write_gguf(tmp_path / "m", EMBEDDING | tensors))
+    for number, kind in enumerate(kinds):
+        tensor = source.tensors[f"model.layers.{number}.mlp.up_proj.weight"]
+        with np.errstate(all="ignore"):
+            expected = dequantize(stored[number], kind)
+        for start, stop in ((0, 6), (1, 4), (5, 6)):
+            np.testing.assert_array_equal(tensor.rows(start, stop), expected[start:stop], err_msg=kind.name)
