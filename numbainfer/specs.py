@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from numbainfer.config import Experts, ModelConfig
@@ -69,54 +70,54 @@ class Parameter:
         return math.prod(self.shape)
 
 
-def parameter_groups(config: ModelConfig) -> list[list[Parameter]]:
+def parameter_groups(config: ModelConfig) -> Iterator[list[Parameter]]:
     """Every tensor of the model, in the order of the file. A group's matrices are used stacked, as one matrix.
 
     [q, k, v] and [gate, up] are one product each: written next to each other, they are one mapped matrix. So are the
     matrices of all experts of a layer: [gate 0, up 0, gate 1, up 1, ...] and [down 0, down 1, ...].
     """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    groups = [[Parameter("model.embed_tokens.weight", (config.vocab_size, hidden))]]
-
-    def matrices(prefix: str, shapes: dict[str, tuple[int, int]], bias: bool) -> None:
-        groups.append([Parameter(f"{prefix}.{name}.weight", shape) for name, shape in shapes.items()])
-        if bias:
-            groups.append([Parameter(f"{prefix}.{name}.bias", shape[:1]) for name, shape in shapes.items()])
-
-    def mlp(prefix: str, inner: int, bias: bool) -> None:
-        matrices(prefix, {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}, bias)
-        matrices(prefix, {"down_proj": (hidden, inner)}, bias)
-
-    def mixture(prefix: str, experts: Experts) -> None:
-        groups.append([Parameter(f"{prefix}.gate.weight", (experts.count, hidden), exact=True)])
-        one = range(experts.count)
-        up = {f"experts.{e}.{name}": (experts.size, hidden) for e in one for name in ("gate_proj", "up_proj")}
-        matrices(prefix, up, False)
-        matrices(prefix, {f"experts.{e}.down_proj": (hidden, experts.size) for e in one}, False)
-        if experts.shared_size:
-            mlp(f"{prefix}.shared_expert", experts.shared_size, False)
-            groups.append([Parameter(f"{prefix}.shared_expert_gate.weight", (1, hidden), exact=True)])
-
+    hidden, size = config.hidden_size, config.head_dim
+    q, kv = config.heads * size, config.kv_heads * size
+    yield [Parameter("model.embed_tokens.weight", (config.vocab_size, hidden))]
     for i, layer in enumerate(layer_specs(config)):
-        at = f"model.layers.{i}"
-        groups.append([Parameter(f"{at}.input_layernorm.weight", (hidden,))])
-        matrices(
-            f"{at}.self_attn", {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}, layer.qkv_bias
-        )
+        at, attention = f"model.layers.{i}", f"model.layers.{i}.self_attn"
+        yield [Parameter(f"{at}.input_layernorm.weight", (hidden,))]
+        projections = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
+        yield from _matrices(attention, projections, layer.qkv_bias)
         if layer.qk_norm:
-            groups.append([Parameter(f"{at}.self_attn.q_norm.weight", (config.head_dim,))])
-            groups.append([Parameter(f"{at}.self_attn.k_norm.weight", (config.head_dim,))])
-        matrices(f"{at}.self_attn", {"o_proj": (hidden, q)}, layer.output_bias)
-        groups.append([Parameter(f"{at}.post_attention_layernorm.weight", (hidden,))])
+            yield [Parameter(f"{attention}.q_norm.weight", (size,))]
+            yield [Parameter(f"{attention}.k_norm.weight", (size,))]
+        yield from _matrices(attention, {"o_proj": (hidden, q)}, layer.output_bias)
+        yield [Parameter(f"{at}.post_attention_layernorm.weight", (hidden,))]
         if layer.experts and config.experts is not None:
-            mixture(f"{at}.mlp", config.experts)
+            yield from _mixture(f"{at}.mlp", config.experts, hidden)
         else:
-            mlp(f"{at}.mlp", inner, layer.mlp_bias)
-    groups.append([Parameter("model.norm.weight", (hidden,))])
+            yield from _mlp(f"{at}.mlp", config.intermediate_size, hidden, layer.mlp_bias)
+    yield [Parameter("model.norm.weight", (hidden,))]
     if not config.tied_embeddings:
-        groups.append([Parameter("lm_head.weight", (config.vocab_size, hidden))])
-    return groups
+        yield [Parameter("lm_head.weight", (config.vocab_size, hidden))]
+
+
+def _matrices(prefix: str, shapes: dict[str, tuple[int, int]], bias: bool = False) -> Iterator[list[Parameter]]:
+    yield [Parameter(f"{prefix}.{name}.weight", shape) for name, shape in shapes.items()]
+    if bias:
+        yield [Parameter(f"{prefix}.{name}.bias", shape[:1]) for name, shape in shapes.items()]
+
+
+def _mlp(prefix: str, inner: int, hidden: int, bias: bool = False) -> Iterator[list[Parameter]]:
+    yield from _matrices(prefix, {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}, bias)
+    yield from _matrices(prefix, {"down_proj": (hidden, inner)}, bias)
+
+
+def _mixture(prefix: str, experts: Experts, hidden: int) -> Iterator[list[Parameter]]:
+    numbers, inner = range(experts.count), experts.size
+    yield [Parameter(f"{prefix}.gate.weight", (experts.count, hidden), exact=True)]
+    up = {f"experts.{e}.{name}": (inner, hidden) for e in numbers for name in ("gate_proj", "up_proj")}
+    yield from _matrices(prefix, up)
+    yield from _matrices(prefix, {f"experts.{e}.down_proj": (hidden, inner) for e in numbers})
+    if experts.shared_size:
+        yield from _mlp(f"{prefix}.shared_expert", experts.shared_size, hidden)
+        yield [Parameter(f"{prefix}.shared_expert_gate.weight", (1, hidden), exact=True)]
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -135,12 +136,15 @@ def active_parameter_count(config: ModelConfig) -> int:
 
 def check_tensors(config: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str) -> None:
     """Holds a file's tensors against the spec, both ways: a missing, an extra or a misshapen one is named."""
-    expected = {p.name: p.shape for group in parameter_groups(config) for p in group}
-    for name, shape in expected.items():
-        if name not in shapes:
-            raise NumbaInferError(f"{where}: tensor {name} {list(shape)} is missing")
-        if tuple(shapes[name]) != shape:
-            raise NumbaInferError(f"{where}: tensor {name} is {list(shapes[name])}, the config says {list(shape)}")
+    expected = set()
+    for p in (p for group in parameter_groups(config) for p in group):  # no further than what the file has
+        if p.name not in shapes:
+            raise NumbaInferError(f"{where}: tensor {p.name} {list(p.shape)} is missing")
+        if tuple(shapes[p.name]) != p.shape:
+            raise NumbaInferError(
+                f"{where}: tensor {p.name} is {list(shapes[p.name])}, the config says {list(p.shape)}"
+            )
+        expected.add(p.name)
     extra = [name for name in shapes if name not in expected]
     # A tied model may still carry its head, which is then the embedding once more.
     extra = [name for name in extra if not (name == "lm_head.weight" and config.tied_embeddings)]

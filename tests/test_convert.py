@@ -34,6 +34,7 @@ from numbainfer.errors import NumbaInferError
 from numbainfer.quantization import Matrix, QuantizedMatrix
 from numbainfer.registry import Operators
 
+EXPERTS = {"num_experts": 4096, "num_experts_per_tok": 8, "moe_intermediate_size": 64}
 NAME = "qwen3_mixed"  # matrices in groups of 32 and 64, and some that stay floating point
 QKV = [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"]
 GATE_UP = [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up")]
@@ -459,6 +460,8 @@ def test_values_beyond_float16_are_floats_in_float32(ops: Operators, tmp_path: P
         ({"attention_sink": 4}, "attention_sink = 4 is not known"),
         ({"num_hidden_layers": 3}, "tensor model.layers.2.* is missing"),
         ({"vocab_size": 98}, r"embed_tokens.weight is \[97, 96\], the config says \[98, 96\]"),
+        # a mixture of 4096 layers of 4096 experts is refused for the first tensor that is not there
+        ({"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 4096, **EXPERTS}, "is missing"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number"),
     ],
 )
