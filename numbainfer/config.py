@@ -29,11 +29,11 @@ _IGNORED = _words("""
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
     forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length
     max_sequence_length max_window_layers min_length mlx_version model_type no_repeat_ngram_size num_beam_groups
-    num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-    problem_type quantization_config remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    sep_token_id sliding_window suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version typical_p
-    unsloth_fixed unsloth_version use_bfloat16 use_cache
+    num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    pretraining_tp problem_type quantization_config remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id sliding_window suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
 """)
 # `sliding_window` and `max_window_layers` count where the family's row says so; `quantization_config` is
 # checkpoint.py's to read.
