@@ -87,12 +87,13 @@ class Conversation:
                 return turn["content"]
         return None
 
-    def drop_oldest(self) -> bool:
-        """Forgets the first turn of the user and its reply; False where only the last of the user's is left."""
+    def drop_oldest(self) -> int:
+        """Forgets the first turn of the user and its reply; returns how many characters they had, 0 where only the
+        last of the user's is left."""
         if len(self._turns) <= 2:
-            return False
-        del self._turns[:2]
-        return True
+            return 0
+        dropped, self._turns = self._turns[:2], self._turns[2:]
+        return max(1, sum(len(turn["content"]) for turn in dropped))
 
     def replace(self, messages: Sequence[Message]) -> None:
         """Takes over a conversation as `messages` gives it; NumbaInferError where it is none, and nothing changed."""

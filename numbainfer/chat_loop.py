@@ -82,7 +82,9 @@ class ChatLoop:
         try:
             tokens = session.prompt_tokens(text)
             if session.dropped > before:
-                note(f"the context is full: the oldest {session.dropped - before} turns are forgotten")
+                count = session.dropped - before
+                oldest = "turn is" if count == 1 else f"{count} turns are"
+                note(f"the context is full: the oldest {oldest} forgotten")
             generation = session.stream(tokens, seed=seed)
         except NumbaInferError as error:
             if session.templated:

@@ -59,10 +59,20 @@ class Session:
         size = self.engine.ctx_size
         tokens = self._render()
         if len(tokens) + min(self.params.max_tokens, size // 4) > size:
-            while len(tokens) > size // 2 and self.conversation.drop_oldest():
-                self.dropped += 1
+            while len(tokens) > size // 2 and self._drop(1 - size // 2 / len(tokens)):
                 tokens = self._render()
         return tokens
+
+    def _drop(self, share: float) -> bool:
+        """Drops the oldest turns that have that share of all characters, one at least; False where none can go."""
+        left = share * sum(len(message["content"]) for message in self.conversation.messages())
+        before = self.dropped
+        while (characters := self.conversation.drop_oldest()) > 0:
+            self.dropped += 1
+            left -= characters
+            if left <= 0:
+                break
+        return self.dropped > before
 
     def _render(self) -> list[int]:
         """The conversation's tokens. What was generated stays as the tokens that it was: encoding its text could give
