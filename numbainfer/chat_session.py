@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from numbainfer import chat
-from numbainfer.console import has_colours, note
+from numbainfer.console import has_colours, note, paint
 from numbainfer.errors import NumbaInferError
 from numbainfer.generation import Generation
 from numbainfer.loading import LoadedModel
@@ -169,7 +169,7 @@ def report(session: Session, generation: Generation, show_statistics: bool) -> N
     if generation.context_full:
         note(f"the context of {session.engine.ctx_size} tokens is full; --ctx-size gives more")
     if show_statistics:
-        note(statistics_line(generation))
+        note(paint(statistics_line(generation), "dim", sys.stderr))
 
 
 def statistics_line(generation: Generation) -> str:
