@@ -17,7 +17,7 @@ from numpy import float32, int32, int64
 from numbainfer.cpu.compile import Kernel, kernel
 from numbainfer.cpu.elementwise import softmax_row
 from numbainfer.cpu.launch import Stream
-from numbainfer.cpu.linear_int8 import PANEL_KERNELS, ROW_KERNELS, add_outliers, pack_panel, rows_per_task
+from numbainfer.cpu.linear_int8 import AHEAD, PANEL_KERNELS, ROW_KERNELS, add_outliers, pack_panel, rows_per_task
 from numbainfer.cpu.quantize import check_rows
 from numbainfer.cpu.simd import (
     advance,
@@ -111,7 +111,7 @@ def _copy_floats(source, target, count):
 
 def _make_int8_kernels(group: int, planes: int) -> tuple[Kernel, Kernel]:
     """The form for few places (of two planes), and the one for many."""
-    _, _, dot_row = ROW_KERNELS[group]
+    _, dot_row = ROW_KERNELS[group]
     _, tile_product = PANEL_KERNELS[group, planes]
 
     @kernel
@@ -123,7 +123,9 @@ def _make_int8_kernels(group: int, planes: int) -> tuple[Kernel, Kernel]:
         factors = local_floats()
         for row in range(first, min(rows, first + per_task)):
             w_row, ws_row = advance(w, (at + row) * width), advance(ws, (at + row) * groups)
-            y[place * rows + row] = dot_row(w_row, ws_row, x, low, xs, sums, width, factors)
+            y[place * rows + row] = dot_row(
+                w_row, advance(w_row, AHEAD), ws_row, x, low, xs, sums, width, factors, groups
+            )
 
     @kernel
     def many(

@@ -1,8 +1,8 @@
 """out = x @ W.T with int8 weights and int8 activations, on the machine's int8 dot product.
 
 Two forms, by the number of tokens:
-- rows as stored, up to ROW_FORM_TOKENS tokens. A row of W streams through once; each 64-byte block meets the same
-  block of one or four tokens. One row at a time follows the memory at its read bandwidth, with a prefetch 8 KiB ahead
+- rows as stored, up to ROW_FORM_TOKENS tokens. A row of W streams through once, and meets one token after the other.
+  One row at a time follows the memory at its read bandwidth, with a prefetch 8 KiB ahead
   into the second-level cache: into the first, the stream would push out the activations (12 instead of 21 GB/s a core
   at 8,192 columns).
 - packed panels, beyond. 32 rows are packed as [in / 4][32][4] bytes, so that one vector holds 4 columns of 16 rows,
@@ -31,14 +31,15 @@ from numbainfer.cpu.quantize import check_rows
 from numbainfer.cpu.simd import (
     advance,
     as_bytes,
+    first_lanes,
     fma,
     get,
     hsum,
     lane0,
-    lanes0_8,
     load,
     load_i8,
     load_i8_half,
+    load_i32,
     load_word,
     local_floats,
     prefetch,
@@ -72,106 +73,71 @@ AHEAD = 8192  # bytes of prefetch distance
 ROW_FORM_TOKENS = 4
 
 
-def _make_row_kernels(group: int) -> tuple[Kernel, Kernel, Any]:
-    """The row form for one token, and for four at a time; and the product of one row with one token."""
+def _make_row_kernel(group: int) -> tuple[Kernel, Any]:
+    """The row form, and the product of one row with one token."""
 
     @njit
-    def start(sums, i, width):
-        """What takes the offset's surplus back, -OFFSET * sum(q): in one lane of each group, once a group."""
+    def scale(factors, i):
+        """The factors of the lanes of the 64-byte block at column i."""
         g = i // group
-        if OFFSET == 0 or i % group:
-            return splat_i32(int32(0))
-        if group == 32:  # a block is two groups, or one at the end of a row
-            return lanes0_8(int32(-OFFSET) * sums[g], int32(-OFFSET) * sums[g + 1] if i + 32 < width else int32(0))
-        return lane0(int32(-OFFSET) * sums[g])
+        if group == 32:  # a block is two groups
+            return splat2(factors[g], factors[g + 1])
+        return splat(factors[g])
 
     @njit
-    def weight_scale(ws, i, width):
-        """The weight scales of the lanes of the 64-byte block at column i."""
-        g = i // group
-        if group == 32:
-            return splat2(get(ws, g), get(ws, g + 1) if i + 32 < width else float32(0))
-        return splat(get(ws, g))
+    def dot_row(w_row, ahead, ws_row, x, low, xs, sums, width, factors, readable):
+        """A row of W times a token of two planes.
 
-    @njit
-    def scale(xs, i, width):
-        """The activation scales of the same lanes."""
-        g = i // group
-        if group == 32:
-            return splat2(xs[g], xs[g + 1] if i + 32 < width else float32(0))
-        return splat(xs[g])
-
-    @njit
-    def block(weights, x, low, sums, i, width):
-        """float32 sums of products of columns i to i + 63."""
-        high = dot4(splat_i32(int32(0)), weights, load_i8(x, i))
-        return to_f32(times256(high) + dot4(start(sums, i, width), weights, load_i8(x, low + i)))
-
-    @njit
-    def row_block(w, i, width):
-        """64 weights from column i on; the last block of a row may have 32."""
-        return load_i8(w, i) if width - i >= 64 else load_i8_half(w, i)
-
-    @njit
-    def dot_row(w_row, ws_row, x, low, xs, sums, width, factors):
-        """A row of W times a token; `factors` [16] is for weight scale times activation scale, 16 groups at a time."""
+        ahead: where the memory fetches as many bytes from meanwhile. factors [16]: for weight scale times activation
+        scale, 16 groups at a time. readable: how many elements may be read from ws_row, xs and sums on, which go on
+        with the next row's.
+        """
         groups = width // group
-        acc = splat(float32(0))
+        acc = surplus = splat(float32(0))
         for first in range(0, groups, 16):
-            if first + 16 <= groups:
-                store(factors, 0, load(ws_row, first) * load(xs, first))
+            count = min(16, groups - first)
+            if first + 16 <= readable:
+                both = first_lanes(load(ws_row, first) * load(xs, first), count)
+                store(factors, 0, both)
+                surplus = fma(both, to_f32(load_i32(sums, first)), surplus)
             else:
-                for g in range(first, groups):
-                    factors[g - first] = get(ws_row, g) * xs[g]
-            for i in range(first * group, min(groups, first + 16) * group, 64):
-                prefetch(w_row, i + AHEAD)
-                factor = scale(factors, i - first * group, width - first * group)
-                acc = fma(block(row_block(w_row, i, width), x, low, sums, i, width), factor, acc)
+                for g in range(16):
+                    factors[g] = get(ws_row, first + g) * xs[first + g] if g < count else float32(0)
+                for g in range(count):
+                    surplus = fma(splat(factors[g]), to_f32(lane0(sums[first + g])), surplus)
+            for i in range(0, count * group, 64):
+                column = first * group + i
+                prefetch(ahead, column)
+                # the last block of a row may have 32 columns
+                w = load_i8(w_row, column) if width - column >= 64 else load_i8_half(w_row, column)
+                high = dot4(splat_i32(int32(0)), w, load_i8(x, column))
+                acc = fma(to_f32(dot4(times256(high), w, load_i8(x, low + column))), scale(factors, i), acc)
+        if OFFSET:
+            acc = fma(surplus, splat(float32(-OFFSET)), acc)
         return hsum(acc)
 
     @kernel
-    def gemv(task, worker, w, ws, x, low, xs, sums, bias, residual, flags, y, rows, width, per_task):
+    def gemv(task, worker, w, ws, x, low, xs, sums, bias, residual, flags, y, rows, width, per_task, workers, tokens):
         groups = width // group
         factors = local_floats()
-        for row in range(task * per_task, min(rows, (task + 1) * per_task)):
-            value = dot_row(advance(w, row * width), advance(ws, row * groups), x, low, xs, sums, width, factors)
-            if flags & 1:
-                value += bias[row]
-            if flags & 2:
-                value += residual[row]
-            y[row] = value
+        end = (task + 1) * per_task
+        for row in range(task * per_task, min(rows, end)):
+            w_row, ws_row = advance(w, row * width), advance(ws, row * groups)
+            # Past this task's rows begin another worker's: the memory goes on with those of this one's next task.
+            skip = (workers - 1) * per_task * width if row * width + AHEAD >= end * width else 0
+            ahead = advance(w_row, AHEAD + skip)
+            for t in range(tokens):
+                at, token = t * rows + row, advance(x, t * 2 * low)
+                readable = min(rows - row, 8 - t) * groups  # x has a multiple of 8 rows
+                numbers, totals = advance(xs, t * groups), advance(sums, t * groups)
+                value = dot_row(w_row, ahead, ws_row, token, low, numbers, totals, width, factors, readable)
+                if flags & 1:
+                    value += bias[row]
+                if flags & 2:
+                    value += residual[at]
+                y[at] = value
 
-    @kernel
-    def gemv4(task, worker, w, ws, x, low, xs, sums, bias, residual, flags, y, rows, width, per_task, tokens):
-        groups, stride = width // group, 2 * low
-        for first in range(0, tokens, 4):  # rows of x are padded to 8, so four may always be read
-            x0 = advance(x, first * stride)
-            x1, x2, x3 = advance(x0, stride), advance(x0, 2 * stride), advance(x0, 3 * stride)
-            s0 = advance(xs, first * groups)
-            s1, s2, s3 = advance(s0, groups), advance(s0, 2 * groups), advance(s0, 3 * groups)
-            n0 = advance(sums, first * groups)
-            n1, n2, n3 = advance(n0, groups), advance(n0, 2 * groups), advance(n0, 3 * groups)
-            for row in range(task * per_task, min(rows, (task + 1) * per_task)):
-                w_row, ws_row = advance(w, row * width), advance(ws, row * groups)
-                a0 = a1 = a2 = a3 = splat(float32(0))
-                for i in range(0, width, 64):
-                    prefetch(w_row, i + AHEAD)
-                    v, factor = row_block(w_row, i, width), weight_scale(ws_row, i, width)
-                    a0 = fma(block(v, x0, low, n0, i, width), factor * scale(s0, i, width), a0)
-                    a1 = fma(block(v, x1, low, n1, i, width), factor * scale(s1, i, width), a1)
-                    a2 = fma(block(v, x2, low, n2, i, width), factor * scale(s2, i, width), a2)
-                    a3 = fma(block(v, x3, low, n3, i, width), factor * scale(s3, i, width), a3)
-                values = (hsum(a0), hsum(a1), hsum(a2), hsum(a3))
-                for j in range(min(4, tokens - first)):
-                    at = (first + j) * rows + row
-                    value = values[j]
-                    if flags & 1:
-                        value += bias[row]
-                    if flags & 2:
-                        value += residual[at]
-                    y[at] = value
-
-    return gemv, gemv4, dot_row
+    return gemv, dot_row
 
 
 @njit
@@ -293,7 +259,7 @@ def _make_panel_kernel(group: int, planes: int) -> tuple[Kernel, Any]:
     return gemm, tile_product
 
 
-ROW_KERNELS = {g: _make_row_kernels(g) for g in GROUPS}
+ROW_KERNELS = {g: _make_row_kernel(g) for g in GROUPS}
 PANEL_KERNELS = {(g, planes): _make_panel_kernel(g, planes) for g in GROUPS for planes in (1, 2)}
 
 
@@ -323,11 +289,7 @@ def linear_int8(
         return
     per_task = rows_per_task(rows, width, stream.threads)
     tasks = -(-rows // per_task)
-    gemv, gemv4, _ = ROW_KERNELS[group]
-    if tokens == 1:
-        stream.launch(gemv, tasks, *sources, *results, per_task)
-    else:
-        stream.launch(gemv4, tasks, *sources, *results, per_task, tokens)
+    stream.launch(ROW_KERNELS[group][0], tasks, *sources, *results, per_task, stream.threads, tokens)
 
 
 def rows_per_task(rows: int, row_bytes: int, threads: int) -> int:

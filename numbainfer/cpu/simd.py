@@ -345,13 +345,6 @@ def lane0(builder: Any, x: Any) -> Any:
     return builder.insert_element(_constant(I32x16.llvm, 0), x, ir.Constant(_i32, 0))
 
 
-@_define(I32x16, types.int32, types.int32)
-def lanes0_8(builder: Any, x: Any, y: Any) -> Any:
-    """x in lane 0, y in lane 8, zeros elsewhere."""
-    first = builder.insert_element(_constant(I32x16.llvm, 0), x, ir.Constant(_i32, 0))
-    return builder.insert_element(first, y, ir.Constant(_i32, 8))
-
-
 @_define(types.int32, I32x16)
 def hsum_i32(builder: Any, a: Any) -> Any:
     """The sum of the lanes."""
@@ -400,6 +393,20 @@ def power_of_two(builder: Any, n: Any) -> Any:
 
 _P8 = types.CPointer(types.int8)
 _P32 = types.CPointer(types.int32)
+
+
+@_define(I32x16, _P32, types.int64)
+def load_i32(builder: Any, pointer: Any, index: Any) -> Any:
+    """The 16 int32 from pointer[index] on."""
+    return builder.load(_address(builder, pointer, index, I32x16.llvm), align=1)
+
+
+@_define(F32x16, F32x16, types.int64)
+def first_lanes(builder: Any, a: Any, count: Any) -> Any:
+    """The first `count` lanes, zeros in the others."""
+    lanes = ir.Constant(I32x16.llvm, list(range(LANES)))
+    inside = builder.icmp_signed("<", lanes, _splat(builder, builder.trunc(count, _i32), I32x16.llvm))
+    return builder.select(inside, a, _constant(F32x16.llvm, 0.0))
 
 
 @_define(I8x64, _P8, types.int64)
