@@ -28,6 +28,7 @@ from numbainfer.converters.scratch import scratch_directory
 from numbainfer.converters.source import Source, SourceTensor
 from numbainfer.device import Device
 from numbainfer.errors import NumbaInferError
+from numbainfer.memory import aligned_empty
 from numbainfer.progress import Progress, silent
 from numbainfer.quantization import (
     STORAGE,
@@ -170,7 +171,7 @@ class SourceWeights(SourceReader):
         dtype, group = self.storage(names[0], width)
         offset = 0
         if group is None:
-            data = np.empty((rows, width), STORAGE[dtype])
+            data = aligned_empty((rows, width), STORAGE[dtype])
             for tensor in tensors:
                 for start, part in self.converted(tensor, dtype):
                     data[offset + start : offset + start + len(part)] = part
@@ -178,7 +179,7 @@ class SourceWeights(SourceReader):
                 offset += tensor.shape[0]
             matrix: AnyMatrix = Matrix(data)
         else:
-            codes, scales = np.empty((rows, width), np.int8), np.empty((rows, width // group), np.float16)
+            codes, scales = aligned_empty((rows, width), np.int8), np.empty((rows, width // group), np.float16)
             for tensor in tensors:
                 for start, part, part_scales in self.quantized(tensor, group):
                     codes[offset + start : offset + start + len(part)] = part

@@ -49,6 +49,12 @@ class HostAllocator:
         return None
 
 
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array in main memory that starts on a cache line; MemoryError if there is none."""
+    host, dtype = HostAllocator(), np.dtype(dtype)
+    return host.view(host.allocate(math.prod(shape) * dtype.itemsize), shape, dtype)
+
+
 @dataclass
 class PoolStatistics:
     """Counts over a pool's life; sizes in bytes, of whole blocks."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from numbainfer.config import ModelConfig
 from numbainfer.errors import NumbaInferError
+from numbainfer.memory import aligned_empty
 from numbainfer.quantization import AnyMatrix, Matrix, QuantizedMatrix, choose_group
 from numbainfer.specs import parameter_groups
 
@@ -121,7 +122,10 @@ class RandomWeights:
             return Matrix(draw / np.float32(width**0.5))
         group = choose_group(width, self._group_size)
         assert group is not None
-        codes = np.resize(self._values, rows * width).reshape(rows, width)
+        codes = aligned_empty((rows, width), np.int8)  # as in a file
+        flat, block = codes.reshape(-1), len(self._values)
+        for start in range(0, len(flat), block):
+            flat[start : start + block] = self._values[: len(flat) - start]
         scale = 1 / (73 * width**0.5)  # 73: the standard deviation of the codes
         matrix = QuantizedMatrix(codes, np.full((rows, width // group), scale, np.float16), group)
         self.nbytes += matrix.nbytes
