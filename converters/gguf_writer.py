@@ -15,12 +15,13 @@ import numpy as np
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from numbainfer.converters.convert import SourceReader, Summary, Target
+from numbainfer.converters.convert import Summary
 from numbainfer.converters.gguf import BLOCK_NAMES, NAMES
 from numbainfer.converters.gguf_keys import architecture_of, model_keys, rope_factors
 from numbainfer.converters.gguf_tokens import tokenizer_keys
 from numbainfer.converters.scratch import scratch_directory
 from numbainfer.converters.source import Source, SourceTensor, interleaved
+from numbainfer.converters.source_reader import SourceReader, Target
 from numbainfer.errors import NumbaInferError
 from numbainfer.progress import Progress, silent
 from numbainfer.specs import Parameter, parameter_groups

@@ -178,7 +178,7 @@ def _group_index(base: str, parts: dict[str, SourceTensor], settings: dict[str, 
 
 def _drop_zero_biases(tensors: Tensors, stored: Tensors, config: dict[str, Any]) -> Tensors:
     """Without the biases of zeros that some GPTQ writers put beside every matrix of a model that has none."""
-    if config.get("attention_bias") or config.get("model_type") != "llama":
+    if config.get("attention_bias") or str(config.get("model_type")).startswith("qwen2"):
         return tensors
     out = dict(tensors)
     for name, tensor in tensors.items():

@@ -7,8 +7,9 @@ from typing import Any
 from numbainfer.checkpoint import Weights
 from numbainfer.config import ModelConfig
 from numbainfer.console import size
-from numbainfer.converters.convert import SourceWeights, stored_bytes
+from numbainfer.converters.convert import stored_bytes
 from numbainfer.converters.source_options import SourceOptions
+from numbainfer.converters.source_reader import SourceWeights
 from numbainfer.loading import context_size, open_model
 from numbainfer.machine import memory_bytes
 from numbainfer.quantization import QuantizedMatrix

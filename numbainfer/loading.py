@@ -16,11 +16,12 @@ import platformdirs
 
 from numbainfer.checkpoint import Checkpoint, Weights, is_checkpoint, read_file, read_json
 from numbainfer.console import detail, size
-from numbainfer.converters.convert import SourceWeights, Target, convert
+from numbainfer.converters.convert import convert
 from numbainfer.converters.demo import fetch_demo
 from numbainfer.converters.hub import HubId, fetch
 from numbainfer.converters.source import open_source, require_path
 from numbainfer.converters.source_options import NO_OPTIONS, SourceOptions
+from numbainfer.converters.source_reader import SourceWeights, Target
 from numbainfer.device import Device
 from numbainfer.engine import DEFAULT_CTX_SIZE, Engine
 from numbainfer.errors import NumbaInferError

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numbainfer.checkpoint import Weights
-from numbainfer.converters.convert import SourceWeights, Target
 from numbainfer.converters.source import open_source
 from numbainfer.converters.source_options import SourceOptions
+from numbainfer.converters.source_reader import SourceWeights, Target
 from numbainfer.engine import Engine
 from numbainfer.model import Model
 from numbainfer.registry import Operators

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from numbainfer.converters.convert import SourceReader, Target
 from numbainfer.converters.source import open_source
+from numbainfer.converters.source_reader import SourceReader, Target
 from numbainfer.errors import NumbaInferError
 from numbainfer.registry import Operators
 from numbainfer.specs import parameter_groups

@@ -27,9 +27,11 @@ from tiny_tokenizers import letters
 
 from numbainfer.checkpoint import Checkpoint, is_checkpoint, stack
 from numbainfer.converters import convert as convert_module
-from numbainfer.converters.convert import Summary, Target, convert
+from numbainfer.converters import source_reader
+from numbainfer.converters.convert import Summary, convert
 from numbainfer.converters.source import open_source
 from numbainfer.converters.source_options import SourceOptions
+from numbainfer.converters.source_reader import Target
 from numbainfer.errors import NumbaInferError
 from numbainfer.quantization import Matrix, QuantizedMatrix
 from numbainfer.registry import Operators
@@ -226,7 +228,7 @@ def test_memory_stays_bounded(target: Target, tmp_path: Path, monkeypatch: pytes
     """A 61 MB checkpoint with chunks of a quarter million values in 24 bytes for each of these: the chunk in float32
     and what is made of it on the way. tracemalloc sees NumPy's arrays; mapped files are the system's to drop."""
     chunk, rows = 1 << 18, 118_000
-    monkeypatch.setattr(convert_module, "_CHUNK_VALUES", chunk)
+    monkeypatch.setattr(source_reader, "_CHUNK_VALUES", chunk)
     name = "llama_int8"
     tensors = tiny_models.weights(name)
     embedding = "model.embed_tokens.weight"
@@ -282,7 +284,8 @@ def test_force_spares_what_is_not_a_converted_model(checkpoint_of: Checkpoints, 
 CONVERT_AND_WAIT = """
 import sys, time
 from pathlib import Path
-from numbainfer.converters.convert import Target, convert
+from numbainfer.converters.convert import convert
+from numbainfer.converters.source_reader import Target
 from numbainfer.converters.source import open_source
 
 source, out, calls = sys.argv[1:]

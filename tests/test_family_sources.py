@@ -19,8 +19,9 @@ from tiny_tokenizers import letters
 from numbainfer import NumbaInferError
 from numbainfer.checkpoint import Checkpoint
 from numbainfer.config import ModelConfig
-from numbainfer.converters.convert import Target, convert
+from numbainfer.converters.convert import convert
 from numbainfer.converters.source import open_source
+from numbainfer.converters.source_reader import Target
 from numbainfer.quantization import Matrix, QuantizedMatrix
 from numbainfer.registry import Operators
 

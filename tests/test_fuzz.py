@@ -31,8 +31,9 @@ from test_lineage_sources import biased, even, ranks_file, write_bin
 from test_quantized_sources import pack
 from torch_files import TorchPickle, write_torch
 
-from numbainfer.converters.convert import Target, convert
+from numbainfer.converters.convert import convert
 from numbainfer.converters.source import open_source
+from numbainfer.converters.source_reader import Target
 from numbainfer.registry import Operators
 
 TOKENIZER = {

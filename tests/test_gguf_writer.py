@@ -17,11 +17,12 @@ from gguf.quants import dequantize
 from tiny_tokenizers import needs_real_files, real_file
 
 from numbainfer import NumbaInferError
-from numbainfer.converters.convert import Target, convert
+from numbainfer.converters.convert import convert
 from numbainfer.converters.gguf_tokens import tokenizer_keys
 from numbainfer.converters.gguf_writer import write_gguf
 from numbainfer.converters.source import open_source
 from numbainfer.converters.source_options import SourceOptions
+from numbainfer.converters.source_reader import Target
 from numbainfer.converters.vocabulary import gguf_tokenizer_files
 from numbainfer.tokenizer import Tokenizer
 

@@ -19,9 +19,10 @@ from torch_files import write_legacy_torch, write_torch
 
 from numbainfer import NumbaInferError
 from numbainfer.converters import tokenizer_files
-from numbainfer.converters.convert import Target, convert
+from numbainfer.converters.convert import convert
 from numbainfer.converters.source import Source, open_source
 from numbainfer.converters.source_options import SourceOptions
+from numbainfer.converters.source_reader import Target
 from numbainfer.converters.vocabulary import gguf_tokenizer_files
 from numbainfer.tokenizer import Tokenizer
 

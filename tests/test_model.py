@@ -22,8 +22,9 @@ from building import (
 
 from numbainfer.checkpoint import Checkpoint, Weights
 from numbainfer.converters import convert as convert_module
-from numbainfer.converters.convert import Target, convert
+from numbainfer.converters.convert import convert
 from numbainfer.converters.source import open_source
+from numbainfer.converters.source_reader import Target
 from numbainfer.engine import Engine
 from numbainfer.generation import Statistics
 from numbainfer.quantization import Matrix, QuantizedMatrix, dequantize

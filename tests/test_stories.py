@@ -10,7 +10,7 @@ from building import DATA, build_engine, greedy, source_weights, stories260k
 from tiny_tokenizers import needs_real_files, real_file
 
 from numbainfer.chat import render
-from numbainfer.converters.convert import SourceWeights
+from numbainfer.converters.source_reader import SourceWeights
 from numbainfer.device import Device
 from numbainfer.engine import Engine
 from numbainfer.loading import load
