@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,18 @@ class UploadedWeights:
         self._held = []
 
 
+@dataclass
+class _GreedyRun:
+    """Greedy decoding under way: tokens, those of the step to yield next; lengths, of the sequences at its start."""
+
+    tokens: list[int]
+    lengths: list[int]
+    launched: int = 0  # steps
+    yielded: int = 0
+    marks: deque[Callable[[], None]] = field(default_factory=deque)  # of steps under way
+    results: deque[list[int]] = field(default_factory=deque)  # of steps that are done and not yielded
+
+
 class Model:
     """Weights, KV cache and workspace on one device; `step` runs tokens through them.
 
@@ -125,6 +137,7 @@ class Model:
         tables = rope_tables(config, np.arange(ctx_size))  # [positions, r / 2] float32
         self.cos, self.sin = (weights.array(table) for table in tables)
         self._programs: OrderedDict[tuple[int, int], Any] = OrderedDict()  # by (T, rows of logits or GREEDY)
+        self._running: _GreedyRun | None = None  # that the device is going on with
         self._chosen: dict[int, np.ndarray] = {}  # by B: the latest tokens of greedy decoding, by position
         self._allocate()
 
@@ -167,6 +180,7 @@ class Model:
         that depends on it ("dynamic"); 0 for tokens that come one after another. The array returned is float32
         [tokens, vocabulary] and lives until the next step; None for 0.
         """
+        self._settle()
         T = len(tokens)
         rows = {"none": 0, "last": 1, "all": T}[logits] if isinstance(logits, str) else logits
         self._tokens[:T] = tokens
@@ -191,37 +205,56 @@ class Model:
         appends these, `count` times in all.
 
         The device goes on by itself: it is up to AHEAD steps further than what was yielded. Closing the iterator
-        cuts the sequences back to what was yielded and appended.
+        cuts the sequences back to what was yielded and appended. Other steps may be run in between.
         """
-        B, ops = len(tokens), self.ops
-        self._tokens[:B] = tokens
-        self._positions[:B] = [len(sequence) for sequence in sequences]
-        self._sequences[:B] = [sequence.row for sequence in sequences]
-        lengths = [len(sequence) for sequence in sequences]
-        known, running = list(tokens), deque[Callable[[], None]]()
-        done = launched = 0
+        run = _GreedyRun(list(tokens), [len(sequence) for sequence in sequences])
         try:
-            while done < count:
-                while launched < min(count, done + AHEAD):
-                    positions = [length + launched for length in lengths]
-                    if self.config.rope_scaling.kind == "dynamic":
-                        self._set_rope_rows(np.asarray(positions), 0)
-                    for sequence in sequences:
-                        self.cache.append(sequence, [0])  # what it is becomes known later
-                    self._program(B, GREEDY).run()
-                    running.append(ops.backend.mark(ops.stream))
-                    launched += 1
-                running.popleft()()
-                for i, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-                    sequence.tokens[length + done] = known[i]
-                    known[i] = int(self._chosen[B][(length + done + 1) % (2 * AHEAD), i])
-                done += 1
-                yield list(known)
+            for done in range(count):
+                while run.launched < min(count, done + AHEAD):
+                    self._launch_greedy(run, sequences)
+                if not run.results:
+                    self._collect(run)
+                for sequence, length, token in zip(sequences, run.lengths, run.tokens, strict=True):
+                    sequence.tokens[length + done] = token
+                run.tokens = run.results.popleft()
+                run.yielded = done + 1
+                yield list(run.tokens)
         finally:
-            for sequence, length in zip(sequences, lengths, strict=True):
-                self.cache.truncate(sequence, length + done)
-            while running:  # the device still writes to pages that were given back
-                running.popleft()()
+            self._settle()
+            for sequence, length in zip(sequences, run.lengths, strict=True):
+                self.cache.truncate(sequence, length + run.yielded)
+
+    def _launch_greedy(self, run: _GreedyRun, sequences: Sequence[KVSequence]) -> None:
+        """Queues the next step of a run."""
+        B = len(sequences)
+        positions = [length + run.launched for length in run.lengths]
+        if self._running is not run:  # the first step, or another's came in between
+            self._settle()
+            self._tokens[:B] = run.results[-1] if run.results else run.tokens
+            self._positions[:B] = positions
+            self._sequences[:B] = [sequence.row for sequence in sequences]
+            self._running = run
+        if self.config.rope_scaling.kind == "dynamic":
+            self._set_rope_rows(np.asarray(positions), 0)
+        for sequence in sequences:
+            self.cache.append(sequence, [0])  # which one it is becomes known later
+        self._program(B, GREEDY).run()
+        run.marks.append(self.ops.backend.mark(self.ops.stream))
+        run.launched += 1
+
+    def _collect(self, run: _GreedyRun) -> None:
+        """Waits for a run's oldest step under way, and takes its tokens."""
+        run.marks.popleft()()
+        step = run.yielded + len(run.results) + 1
+        history = self._chosen[len(run.lengths)]
+        rows = [(length + step) % len(history) for length in run.lengths]
+        run.results.append([int(history[row, i]) for i, row in enumerate(rows)])
+
+    def _settle(self) -> None:
+        """Ends the running ahead of greedy decoding: others want to use the device."""
+        run, self._running = self._running, None
+        while run is not None and run.marks:
+            self._collect(run)
 
     def _set_rope_rows(self, positions: np.ndarray, length: int) -> None:
         """Rewrites the tables at these positions, for RoPE that depends on the length."""

@@ -32,17 +32,16 @@ from numbainfer.gpu.ptx import (
     wait_for_previous_kernel,
 )
 from numbainfer.gpu.reduce import warp_sum
-from numbainfer.gpu.rope import PAGE, HeldRope, put_f16, rotated
+from numbainfer.gpu.rope import PAGE, HeldRope, as_stored, put_f16, rotated
 
 WARPS = 8
 THREADS = 32 * WARPS
-ALONE = 256  # keys up to which one block does it all: merging parts costs 2 us
 _LOG2_E = math.log2(math.e)
 
 
 @device_function
-def _rope_head(head, weight, normed, eps, head_dim, half, cos, sin, turned, lane):
-    """One warp: a head's norm and rotation into shared memory, turned[head_dim]; scratch behind it."""
+def _rope_head(head, weight, normed, eps, head_dim, half, cos, sin, turned, scratch, lane):
+    """One warp: a head's norm and rotation into shared memory, turned[head_dim]."""
     factor = float32(1)
     if normed:
         squares = float32(0)
@@ -50,13 +49,22 @@ def _rope_head(head, weight, normed, eps, head_dim, half, cos, sin, turned, lane
             squares += head[i] * head[i]
         factor = float32(1) / math.sqrt(warp_sum(squares) / float32(head_dim) + eps)
     for i in range(lane, head_dim, 32):
-        turned[head_dim + i] = head[i] * factor * (weight[i] if normed else float32(1))
+        scratch[i] = head[i] * factor * (weight[i] if normed else float32(1))
     cuda.syncwarp()
     for i in range(lane, head_dim, 32):
-        turned[i] = rotated(turned[head_dim:], i, half, cos, sin)
+        turned[i] = rotated(scratch, i, half, cos, sin)
 
 
-@family((64, 4, True), (64, 7, True), (128, 4, True), (128, 2, False), (64, 8, False), (128, 8, True), (32, 1, False))
+@family(
+    (64, 4, True),
+    (64, 7, True),
+    (128, 4, True),
+    (128, 2, False),
+    (64, 8, False),
+    (128, 8, True),
+    (32, 1, False),
+    (256, 4, True),
+)
 def _decode(head_dim: int, shared: int, fused: bool):
     """shared: query heads of a block."""
     lanes = head_dim // 8  # that hold a key
@@ -64,14 +72,27 @@ def _decode(head_dim: int, shared: int, fused: bool):
     loads = 4 if shared <= 4 else 2  # of keys, and of values, in flight
     step = loads * together  # keys of a warp at a time
     width = shared * head_dim
-    partial = WARPS * width
+    pieces = WARPS + 1 if fused else WARPS  # that the block's end merges
+    partial = pieces * width
     turned_size = (shared + 1) * 2 * head_dim
-    statistics = 2 * WARPS * shared
+    statistics = 2 * pieces * shared
+    alone = 2 * WARPS * step  # keys up to which one block does it all: merging parts costs 2 us
     per_lane, words, weights_size = 8 * shared, 4 * loads, shared * loads
+
+    @device_function
+    def fetch(k, v, k_pages, v_pages, table, kv_heads, g, first, end, column):
+        """This lane's 8 elements of `loads` keys and values; a key past the end repeats the last."""
+        for u in range(loads):
+            key = min(first + u * together, end - 1)
+            page = int64(table[key // PAGE]) * kv_heads + g
+            at = 2 * ((page * PAGE + key % PAGE) * head_dim + column)
+            k[4 * u], k[4 * u + 1], k[4 * u + 2], k[4 * u + 3] = load_i32x4(address(k_pages) + at)
+            v[4 * u], v[4 * u + 1], v[4 * u + 2], v[4 * u + 3] = load_i32x4(address(v_pages) + at)
 
     @kernel(
         "f32p i32 i32 f32 i32 f32p f32p i32 f32 i32p i32p f32p f32p i32 u16p u16p i32p i32 i32 f32p f32p i32p f32p",
         threads=THREADS,
+        blocks=2 if shared <= 4 else 1,
         hot=True,
         fast=True,
     )
@@ -79,10 +100,9 @@ def _decode(head_dim: int, shared: int, fused: bool):
         qkv, heads, kv_heads, scale, window, q_norm, k_norm, normed, eps, positions, sequences, cos, sin, half,
         k_pages, v_pages, page_table, pages_per_sequence, parts, part_values, part_statistics, counters, out,
     ):  # fmt: skip
-        turned = cuda.shared.array(
-            turned_size, float32, alignment=16
-        )  # per query head: rotated, and scratch; then the key's
-        values = cuda.shared.array(partial, float32)  # per warp: unnormalised sums of values
+        # turned: the rotated query heads, then the key, and scratch
+        turned = cuda.shared.array(turned_size, float32, alignment=16)
+        values = cuda.shared.array(partial, float32)  # per warp, and for the step's own key: unnormalised sums
         tops = cuda.shared.array(statistics, float32)  # per warp and head: maximum, sum of weights
         last = cuda.shared.array(1, int32)
         thread, warp, lane = cuda.threadIdx.x, cuda.threadIdx.x >> 5, cuda.threadIdx.x & 31
@@ -90,81 +110,74 @@ def _decode(head_dim: int, shared: int, fused: bool):
         first_head = unit * shared
         g = first_head // (heads // kv_heads)
         let_next_kernel_start()
-        wait_for_previous_kernel()
+        if not fused:
+            wait_for_previous_kernel()
 
+        # Fused, the step's own key comes from the kernel before; the others, the positions and the page table are
+        # there: the step's first kernel lets no other start before it ends. So they are read ahead of the wait.
         position = positions[token]
-        begin = max(0, position + 1 - window) if window else 0
-        begin = begin // PAGE * PAGE
-        length = position + 1 - begin
-        active = min(parts, -(-length // ALONE))
-        if part >= active:
-            return
-        share = -(-length // active)
-        share = -(-share // (WARPS * step)) * (WARPS * step)
-        first_key = begin + part * share
-        end = min(first_key + share, position + 1)
-        active = -(-length // share)
-        if part >= active:
-            return
-        row = advance(qkv, token * (heads + 2 * kv_heads) * head_dim)
         table = advance(page_table, sequences[token] * pages_per_sequence)
-        angles = position * half
+        begin = max(0, position + 1 - window) // PAGE * PAGE if window else 0
+        stop = position if fused else position + 1  # of the keys in the cache
+        active = max(1, min(parts, -(-(stop - begin) // alone)))
+        share = max(1, -(-(stop - begin) // (active * WARPS * step))) * (WARPS * step)
+        active = max(1, -(-(stop - begin) // share))
+        if part >= active:
+            return
+        first_key = begin + part * share
+        end = min(first_key + share, stop)
+        inside, column = lane // lanes, lane % lanes * 8
+        k, v = cuda.local.array(words, int32), cuda.local.array(words, int32)
+        start = first_key + warp * step
+        if start < end:
+            fetch(k, v, k_pages, v_pages, table, kv_heads, g, start + inside, end, column)
+
+        row = advance(qkv, token * (heads + 2 * kv_heads) * head_dim)
+        own = fused and part == active - 1  # the block that sees the step's own key
         if fused:
+            wait_for_previous_kernel()
+            angles = position * half
             for h in range(warp, shared + 1, WARPS):
                 mine = h < shared
-                if mine or part == active - 1:
-                    head = advance(row, (first_head + h if mine else heads + g) * head_dim)
-                    weight = q_norm if mine else k_norm
-                    place = turned[2 * h * head_dim :]
+                if mine or own:
                     _rope_head(
-                        head,
-                        weight,
+                        advance(row, (first_head + h if mine else heads + g) * head_dim),
+                        q_norm if mine else k_norm,
                         normed,
                         eps,
                         head_dim,
                         half,
                         advance(cos, angles),
                         advance(sin, angles),
-                        place,
+                        turned[h * head_dim :],
+                        turned[(shared + 1 + h) * head_dim :],
                         lane,
                     )
-            cuda.syncthreads()
-            if part == active - 1:
-                page = table[position // PAGE]
-                slot = ((int64(page) * kv_heads + g) * PAGE + position % PAGE) * head_dim
-                v = advance(row, (heads + kv_heads + g) * head_dim)
-                for i in range(thread, head_dim, THREADS):
-                    put_f16(k_pages, slot + i, turned[2 * shared * head_dim + i])
-                    put_f16(v_pages, slot + i, v[i])
         else:
             for i in range(thread, width, THREADS):
-                turned[i // head_dim * 2 * head_dim + i % head_dim] = row[first_head * head_dim + i]
+                turned[i] = row[first_head * head_dim + i]
         cuda.syncthreads()
+        if own:
+            slot = ((int64(table[position // PAGE]) * kv_heads + g) * PAGE + position % PAGE) * head_dim
+            for i in range(thread, head_dim, THREADS):
+                put_f16(k_pages, slot + i, turned[width + i])
+                put_f16(v_pages, slot + i, row[(heads + kv_heads + g) * head_dim + i])
 
         acc = cuda.local.array(per_lane, float32)
         top, total = cuda.local.array(shared, float32), cuda.local.array(shared, float32)
-        k, v = cuda.local.array(words, int32), cuda.local.array(words, int32)
         scores = cuda.local.array(weights_size, float32)
-        column = lane % lanes * 8
         queries = shared_address(turned) + 4 * column
         log2_scale = scale * float32(_LOG2_E)
         for h in range(shared):
             top[h], total[h] = float32(-1e30), float32(0)
             for i in range(8):
                 acc[8 * h + i] = float32(0)
-        inside = lane // lanes
-        for start in range(first_key + warp * step, end, WARPS * step):
-            for u in range(loads):
-                key = min(start + u * together + inside, end - 1)
-                page = int64(table[key // PAGE]) * kv_heads + g
-                at = 2 * ((page * PAGE + key % PAGE) * head_dim + column)
-                k[4 * u], k[4 * u + 1], k[4 * u + 2], k[4 * u + 3] = load_i32x4(address(k_pages) + at)
-                v[4 * u], v[4 * u + 1], v[4 * u + 2], v[4 * u + 3] = load_i32x4(address(v_pages) + at)
+        while start < end:
             for u in range(loads):
                 key = start + u * together + inside
                 seen = key < end and (window == 0 or key > position - window)
                 for h in range(shared):
-                    at = queries + 4 * (2 * h * head_dim)
+                    at = queries + 4 * h * head_dim
                     a, b = shared_f32x4(at), shared_f32x4(at + 16)
                     c, d = halves_to_floats(k[4 * u]), halves_to_floats(k[4 * u + 1])
                     e, f = halves_to_floats(k[4 * u + 2]), halves_to_floats(k[4 * u + 3])
@@ -195,6 +208,21 @@ def _decode(head_dim: int, shared: int, fused: bool):
                     for h in range(shared):
                         acc[8 * h + 2 * i] += scores[h * loads + u] * low
                         acc[8 * h + 2 * i + 1] += scores[h * loads + u] * high
+            start += WARPS * step
+            if start < end:
+                fetch(k, v, k_pages, v_pages, table, kv_heads, g, start + inside, end, column)
+
+        if fused:  # the step's own key, as the cache will have it: a part of its own beside the warps'
+            for h in range(warp, shared, WARPS):
+                score = float32(0)
+                for i in range(lane, head_dim, 32):
+                    score += turned[h * head_dim + i] * as_stored(turned[width + i])
+                    value = as_stored(row[(heads + kv_heads + g) * head_dim + i]) if own else float32(0)
+                    values[(WARPS * shared + h) * head_dim + i] = value
+                score = warp_sum(score) * log2_scale
+                if lane == 0:
+                    tops[2 * (WARPS * shared + h)] = score if own else float32(-1e30)
+                    tops[2 * (WARPS * shared + h) + 1] = float32(1) if own else float32(0)
 
         # The groups of lanes of a warp, then the warps.
         for h in range(shared):
@@ -225,9 +253,9 @@ def _decode(head_dim: int, shared: int, fused: bool):
         for i in range(thread, width, THREADS):
             h = i // head_dim
             largest, weights, value = float32(-1e30), float32(0), float32(0)
-            for w in range(WARPS):
+            for w in range(pieces):
                 largest = max(largest, tops[2 * (w * shared + h)])
-            for w in range(WARPS):
+            for w in range(pieces):
                 decay = exp2(tops[2 * (w * shared + h)] - largest)
                 weights += tops[2 * (w * shared + h) + 1] * decay
                 value += values[w * width + i] * decay
@@ -292,7 +320,8 @@ def decode(
     """Attention as registry.attention has it; with `rope`, what it does too."""
     kv_heads, head_dim, tokens = k_pages.shape[1], k_pages.shape[3], qkv.shape[0]
     of_key = heads // kv_heads
-    shared = next(n for n in range(min(8, of_key), 0, -1) if of_key % n == 0)
+    most = min(8, 1024 // head_dim, of_key)  # what registers and 48 KB of shared memory hold
+    shared = next(n for n in range(most, 0, -1) if of_key % n == 0)
     units = heads // shared
     parts = max(1, min(MOST_PARTS, stream.gpu.multiprocessors // (units * tokens)))
     values = stream.scratch("attention parts", tokens * units * parts * shared * head_dim)

@@ -166,7 +166,8 @@ class Stream:
         program = self._capturing = Program(self)
         check(self.driver.cuStreamBeginCapture(self.handle, mode))
         try:
-            yield program
+            with self.copier.aside():
+                yield program
             self.flush()
         except BaseException:
             self._held = None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,20 @@ class Copier:
         self._gpu, self._stream, self._before, self._driver = gpu, stream, before, load_driver()
         self._stages: list[tuple[PinnedArray, Any]] = []  # staging buffers, each with an event: the last copy from it
         self._turn = 0
+        self._side: Any = None  # another stream
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, copies are done at once on a stream of their own: the usual one is being captured."""
+        if self._side is None:
+            self._side = check(self._driver.cuStreamCreate(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        usual, before = self._stream, self._before
+        self._stream, self._before = self._side, lambda: None
+        try:
+            yield
+        finally:
+            check(self._driver.cuStreamSynchronize(self._side))
+            self._stream, self._before = usual, before
 
     def to_device(self, target: DeviceArray, host: np.ndarray) -> None:
         """Queues a copy; the host's memory may be changed as soon as this returns."""

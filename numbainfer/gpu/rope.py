@@ -12,7 +12,7 @@ from numpy import float32
 from numbainfer.gpu.compile import device_function, family, kernel
 from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.memory import DeviceArray
-from numbainfer.gpu.ptx import advance, float_to_half, wait_for_previous_kernel
+from numbainfer.gpu.ptx import advance, float_to_half, half_to_float, wait_for_previous_kernel
 from numbainfer.gpu.reduce import block_sum
 
 PAGE = 64
@@ -57,11 +57,22 @@ def put_f32(pages, i, value):
 
 
 @device_function
-def put_f16(pages, i, value):
-    """pages[i] = value as float16, to nearest even; saturated. NaN stays NaN: comparisons with it are false."""
+def saturated(value):
+    """Within float16's range. NaN stays NaN: comparisons with it are false."""
     value = float32(65504) if value > float32(65504) else value
-    value = float32(-65504) if value < float32(-65504) else value
-    pages[i] = float_to_half(value)
+    return float32(-65504) if value < float32(-65504) else value
+
+
+@device_function
+def put_f16(pages, i, value):
+    """pages[i] = value as float16, to nearest even; saturated."""
+    pages[i] = float_to_half(saturated(value))
+
+
+@device_function
+def as_stored(value):
+    """What put_f16 makes of a value."""
+    return half_to_float(float_to_half(saturated(value)))
 
 
 @family(("float32",), ("float16",))
