@@ -11,6 +11,7 @@ With one token in the step the kernel also does what rope_and_store does, in fro
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numba import cuda
@@ -22,26 +23,78 @@ from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import (
     address,
     advance,
+    divide,
     exp2,
     fetch_add,
     halves_to_floats,
     let_next_kernel_start,
     load_i32x4,
     shared_address,
+    shared_f32,
     shared_f32x4,
+    shared_i32,
+    shared_store_f32,
+    shared_store_f32x4,
+    shared_store_i32,
     wait_for_previous_kernel,
 )
-from numbainfer.gpu.reduce import warp_sum
-from numbainfer.gpu.rope import PAGE, HeldRope, as_stored, put_f16, rotated
+from numbainfer.gpu.reduce import warp_max, warp_sum
+from numbainfer.gpu.rope import PAGE, HeldRope, as_stored, put_f16
 
 WARPS = 8
 THREADS = 32 * WARPS
 _LOG2_E = math.log2(math.e)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a block is laid out. lanes: that hold a key; together: keys that a warp's load covers; loads: of keys, and of
+    values, in flight; step: keys of a warp at a time; groups of lanes. Then bytes of shared memory: the turned query
+    heads and the key stand at its start."""
+
+    head_dim: int
+    shared: int
+
+    @property
+    def lanes(self) -> int:
+        return self.head_dim // 8
+
+    @property
+    def together(self) -> int:
+        return 32 // self.lanes
+
+    @property
+    def loads(self) -> int:
+        return 4 if self.shared <= 4 else 2
+
+    @property
+    def step(self) -> int:
+        return self.loads * self.together
+
+    @property
+    def groups(self) -> int:
+        return WARPS * self.together
+
+    @property
+    def values(self) -> int:
+        return 4 * (self.shared + 1) * self.head_dim
+
+    @property
+    def tops(self) -> int:
+        return self.values + 4 * (self.groups + 1) * self.shared * self.head_dim
+
+    @property
+    def totals(self) -> int:
+        return self.tops + 4 * max(self.groups + 1, 32) * self.shared
+
+    @property
+    def nbytes(self) -> int:
+        return self.totals + 4 * (self.groups + 1) * self.shared
+
+
 @device_function
-def _rope_head(head, weight, normed, eps, head_dim, half, cos, sin, turned, scratch, lane):
-    """One warp: a head's norm and rotation into shared memory, turned[head_dim]."""
+def _turn(head, weight, normed, eps, head_dim, half, cos, sin, target, lane):
+    """One warp: a head's norm and rotation, into shared memory at the address `target`."""
     factor = float32(1)
     if normed:
         squares = float32(0)
@@ -49,86 +102,73 @@ def _rope_head(head, weight, normed, eps, head_dim, half, cos, sin, turned, scra
             squares += head[i] * head[i]
         factor = float32(1) / math.sqrt(warp_sum(squares) / float32(head_dim) + eps)
     for i in range(lane, head_dim, 32):
-        scratch[i] = head[i] * factor * (weight[i] if normed else float32(1))
-    cuda.syncwarp()
-    for i in range(lane, head_dim, 32):
-        turned[i] = rotated(scratch, i, half, cos, sin)
+        value = head[i] * factor * (weight[i] if normed else float32(1))
+        if i < 2 * half:
+            other = i + half if i < half else i - half
+            partner = head[other] * factor * (weight[other] if normed else float32(1))
+            angle = i if i < half else other
+            turned = partner * sin[angle]
+            value = value * cos[angle] + (-turned if i < half else turned)
+        shared_store_f32(target + 4 * i, value)
 
 
 @family(
-    (64, 4, True),
-    (64, 7, True),
-    (128, 4, True),
-    (128, 2, False),
-    (64, 8, False),
-    (128, 8, True),
-    (32, 1, False),
+    (64, 4, True), (64, 7, True), (128, 4, True), (128, 2, False), (64, 8, False), (128, 8, True), (32, 1, False),
     (256, 4, True),
-)
+)  # fmt: skip
 def _decode(head_dim: int, shared: int, fused: bool):
     """shared: query heads of a block."""
-    lanes = head_dim // 8  # that hold a key
-    together = 32 // lanes  # keys that a warp's load covers
-    loads = 4 if shared <= 4 else 2  # of keys, and of values, in flight
-    step = loads * together  # keys of a warp at a time
+    plan = Plan(head_dim, shared)
+    lanes, together, loads, step, groups = plan.lanes, plan.together, plan.loads, plan.step, plan.groups
     width = shared * head_dim
-    pieces = WARPS + 1 if fused else WARPS  # that the block's end merges
-    partial = pieces * width
-    turned_size = (shared + 1) * 2 * head_dim
-    statistics = 2 * pieces * shared
-    alone = 2 * WARPS * step  # keys up to which one block does it all: merging parts costs 2 us
+    pieces = groups + 1 if fused else groups  # that the block's end merges: the groups of lanes, and the step's own key
     per_lane, words, weights_size = 8 * shared, 4 * loads, shared * loads
+    at_values, at_tops, at_totals = plan.values, plan.tops, plan.totals
 
     @device_function
     def fetch(k, v, k_pages, v_pages, table, kv_heads, g, first, end, column):
         """This lane's 8 elements of `loads` keys and values; a key past the end repeats the last."""
         for u in range(loads):
             key = min(first + u * together, end - 1)
-            page = int64(table[key // PAGE]) * kv_heads + g
-            at = 2 * ((page * PAGE + key % PAGE) * head_dim + column)
+            page = int64(table[key >> 6]) * kv_heads + g
+            at = 2 * ((page * PAGE + (key & 63)) * head_dim + column)
             k[4 * u], k[4 * u + 1], k[4 * u + 2], k[4 * u + 3] = load_i32x4(address(k_pages) + at)
             v[4 * u], v[4 * u + 1], v[4 * u + 2], v[4 * u + 3] = load_i32x4(address(v_pages) + at)
 
     @kernel(
-        "f32p i32 i32 f32 i32 f32p f32p i32 f32 i32p i32p f32p f32p i32 u16p u16p i32p i32 i32 f32p f32p i32p f32p",
+        "f32p i32 i32 i32 f32 i32 f32p f32p i32 f32 i32p i32p f32p f32p i32 u16p u16p i32p i32 i32 f32p f32p i32p f32p",
         threads=THREADS,
-        blocks=2 if shared <= 4 else 1,
         hot=True,
         fast=True,
     )
     def decode(
-        qkv, heads, kv_heads, scale, window, q_norm, k_norm, normed, eps, positions, sequences, cos, sin, half,
-        k_pages, v_pages, page_table, pages_per_sequence, parts, part_values, part_statistics, counters, out,
+        qkv, heads, kv_heads, units_per_key, scale, window, q_norm, k_norm, normed, eps, positions, sequences, cos, sin,
+        half, k_pages, v_pages, page_table, pages_per_sequence, parts_shift, part_values, part_statistics, counters, out,
     ):  # fmt: skip
-        # turned: the rotated query heads, then the key, and scratch
-        turned = cuda.shared.array(turned_size, float32, alignment=16)
-        values = cuda.shared.array(partial, float32)  # per warp, and for the step's own key: unnormalised sums
-        tops = cuda.shared.array(statistics, float32)  # per warp and head: maximum, sum of weights
-        last = cuda.shared.array(1, int32)
+        memory = shared_address(cuda.shared.array(0, float32, alignment=16))
         thread, warp, lane = cuda.threadIdx.x, cuda.threadIdx.x >> 5, cuda.threadIdx.x & 31
         part, token, unit = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z  # unit: a block's query heads
-        first_head = unit * shared
-        g = first_head // (heads // kv_heads)
-        let_next_kernel_start()
+        first_head, g = unit * shared, divide(unit, units_per_key)
         if not fused:
             wait_for_previous_kernel()
+            let_next_kernel_start()
 
-        # Fused, the step's own key comes from the kernel before; the others, the positions and the page table are
-        # there: the step's first kernel lets no other start before it ends. So they are read ahead of the wait.
+        # Fused, only the step's own key comes from the kernel before. The others, the positions and the page table are
+        # from kernels before that one, which are complete: it let this one start after its own wait.
         position = positions[token]
         table = advance(page_table, sequences[token] * pages_per_sequence)
-        begin = max(0, position + 1 - window) // PAGE * PAGE if window else 0
+        begin = max(0, position + 1 - window) >> 6 << 6 if window else 0
         stop = position if fused else position + 1  # of the keys in the cache
-        active = max(1, min(parts, -(-(stop - begin) // alone)))
-        share = max(1, -(-(stop - begin) // (active * WARPS * step))) * (WARPS * step)
-        active = max(1, -(-(stop - begin) // share))
+        chunks = (stop - begin + WARPS * step - 1) // (WARPS * step)  # what the warps of a block read at a time
+        per_part = max(2, (chunks + (1 << parts_shift) - 1) >> parts_shift)  # merging parts takes as long as a chunk
+        active = max(1, divide(chunks + per_part - 1, per_part))
         if part >= active:
             return
-        first_key = begin + part * share
-        end = min(first_key + share, stop)
+        start = begin + part * per_part * WARPS * step
+        end = min(start + per_part * WARPS * step, stop)
         inside, column = lane // lanes, lane % lanes * 8
         k, v = cuda.local.array(words, int32), cuda.local.array(words, int32)
-        start = first_key + warp * step
+        start += warp * step
         if start < end:
             fetch(k, v, k_pages, v_pages, table, kv_heads, g, start + inside, end, column)
 
@@ -136,37 +176,22 @@ def _decode(head_dim: int, shared: int, fused: bool):
         own = fused and part == active - 1  # the block that sees the step's own key
         if fused:
             wait_for_previous_kernel()
+            let_next_kernel_start()
             angles = position * half
             for h in range(warp, shared + 1, WARPS):
-                mine = h < shared
-                if mine or own:
-                    _rope_head(
-                        advance(row, (first_head + h if mine else heads + g) * head_dim),
-                        q_norm if mine else k_norm,
-                        normed,
-                        eps,
-                        head_dim,
-                        half,
-                        advance(cos, angles),
-                        advance(sin, angles),
-                        turned[h * head_dim :],
-                        turned[(shared + 1 + h) * head_dim :],
-                        lane,
-                    )
+                head = advance(row, (first_head + h if h < shared else heads + g) * head_dim)
+                weight, target = q_norm if h < shared else k_norm, memory + 4 * h * head_dim
+                _turn(
+                    head, weight, normed, eps, head_dim, half, advance(cos, angles), advance(sin, angles), target, lane
+                )
         else:
             for i in range(thread, width, THREADS):
-                turned[i] = row[first_head * head_dim + i]
+                shared_store_f32(memory + 4 * i, row[first_head * head_dim + i])
         cuda.syncthreads()
-        if own:
-            slot = ((int64(table[position // PAGE]) * kv_heads + g) * PAGE + position % PAGE) * head_dim
-            for i in range(thread, head_dim, THREADS):
-                put_f16(k_pages, slot + i, turned[width + i])
-                put_f16(v_pages, slot + i, row[(heads + kv_heads + g) * head_dim + i])
 
         acc = cuda.local.array(per_lane, float32)
         top, total = cuda.local.array(shared, float32), cuda.local.array(shared, float32)
         scores = cuda.local.array(weights_size, float32)
-        queries = shared_address(turned) + 4 * column
         log2_scale = scale * float32(_LOG2_E)
         for h in range(shared):
             top[h], total[h] = float32(-1e30), float32(0)
@@ -177,7 +202,7 @@ def _decode(head_dim: int, shared: int, fused: bool):
                 key = start + u * together + inside
                 seen = key < end and (window == 0 or key > position - window)
                 for h in range(shared):
-                    at = queries + 4 * h * head_dim
+                    at = memory + 4 * (h * head_dim + column)
                     a, b = shared_f32x4(at), shared_f32x4(at + 16)
                     c, d = halves_to_floats(k[4 * u]), halves_to_floats(k[4 * u + 1])
                     e, f = halves_to_floats(k[4 * u + 2]), halves_to_floats(k[4 * u + 3])
@@ -212,84 +237,94 @@ def _decode(head_dim: int, shared: int, fused: bool):
             if start < end:
                 fetch(k, v, k_pages, v_pages, table, kv_heads, g, start + inside, end, column)
 
-        if fused:  # the step's own key, as the cache will have it: a part of its own beside the warps'
+        # What every group of lanes has, to shared memory: sums of values [piece, head, d], maxima and sums of weights
+        # [head, piece].
+        piece = warp * together + inside
+        for h in range(shared):
+            at = memory + at_values + 4 * ((piece * shared + h) * head_dim + column)
+            shared_store_f32x4(at, acc[8 * h], acc[8 * h + 1], acc[8 * h + 2], acc[8 * h + 3])
+            shared_store_f32x4(at + 16, acc[8 * h + 4], acc[8 * h + 5], acc[8 * h + 6], acc[8 * h + 7])
+            if column == 0:
+                shared_store_f32(memory + at_tops + 4 * (h * pieces + piece), top[h])
+                shared_store_f32(memory + at_totals + 4 * (h * pieces + piece), total[h])
+        if fused:  # the step's own key, as the cache will have it
+            value_row = advance(row, (heads + kv_heads + g) * head_dim)
             for h in range(warp, shared, WARPS):
                 score = float32(0)
                 for i in range(lane, head_dim, 32):
-                    score += turned[h * head_dim + i] * as_stored(turned[width + i])
-                    value = as_stored(row[(heads + kv_heads + g) * head_dim + i]) if own else float32(0)
-                    values[(WARPS * shared + h) * head_dim + i] = value
+                    key_value = as_stored(shared_f32(memory + 4 * (width + i)))
+                    score += shared_f32(memory + 4 * (h * head_dim + i)) * key_value
+                    value = as_stored(value_row[i]) if own else float32(0)
+                    shared_store_f32(memory + at_values + 4 * ((groups * shared + h) * head_dim + i), value)
                 score = warp_sum(score) * log2_scale
                 if lane == 0:
-                    tops[2 * (WARPS * shared + h)] = score if own else float32(-1e30)
-                    tops[2 * (WARPS * shared + h) + 1] = float32(1) if own else float32(0)
-
-        # The groups of lanes of a warp, then the warps.
-        for h in range(shared):
-            largest = top[h]
-            distance = lanes
-            while distance < 32:
-                largest = max(largest, cuda.shfl_xor_sync(0xFFFFFFFF, largest, distance))
-                distance *= 2
-            decay = exp2(top[h] - largest)
-            total[h] *= decay
-            distance = lanes
-            while distance < 32:
-                total[h] += cuda.shfl_xor_sync(0xFFFFFFFF, total[h], distance)
-                distance *= 2
-            for i in range(8):
-                value = acc[8 * h + i] * decay
-                distance = lanes
-                while distance < 32:
-                    value += cuda.shfl_xor_sync(0xFFFFFFFF, value, distance)
-                    distance *= 2
-                if inside == 0:
-                    values[(warp * shared + h) * head_dim + column + i] = value
+                    shared_store_f32(memory + at_tops + 4 * (h * pieces + groups), score if own else float32(-1e30))
+                    shared_store_f32(memory + at_totals + 4 * (h * pieces + groups), float32(1) if own else float32(0))
+            if own:
+                slot = ((int64(table[position >> 6]) * kv_heads + g) * PAGE + (position & 63)) * head_dim
+                for i in range(thread, head_dim, THREADS):
+                    put_f16(k_pages, slot + i, shared_f32(memory + 4 * (width + i)))
+                    put_f16(v_pages, slot + i, value_row[i])
+        cuda.syncthreads()
+        # Maxima become factors; behind them a head's largest maximum and its sum of weights.
+        for h in range(warp, shared, WARPS):
+            largest = float32(-1e30)
+            for i in range(lane, pieces, 32):
+                largest = max(largest, shared_f32(memory + at_tops + 4 * (h * pieces + i)))
+            largest, weights = warp_max(largest), float32(0)
+            for i in range(lane, pieces, 32):
+                at = 4 * (h * pieces + i)
+                decay = exp2(shared_f32(memory + at_tops + at) - largest)
+                weights += decay * shared_f32(memory + at_totals + at)
+                shared_store_f32(memory + at_tops + at, decay)
+            weights = warp_sum(weights)
             if lane == 0:
-                tops[2 * (warp * shared + h)], tops[2 * (warp * shared + h) + 1] = largest, total[h]
+                shared_store_f32(memory + 8 * h, largest)  # over the queries, which nobody needs any more
+                shared_store_f32(memory + 8 * h + 4, weights)
         cuda.syncthreads()
         result = advance(out, (token * heads + first_head) * head_dim)
-        place = (token * cuda.gridDim.z + unit) * parts + part
+        place = ((token * cuda.gridDim.z + unit) << parts_shift) + part
         for i in range(thread, width, THREADS):
-            h = i // head_dim
-            largest, weights, value = float32(-1e30), float32(0), float32(0)
-            for w in range(pieces):
-                largest = max(largest, tops[2 * (w * shared + h)])
-            for w in range(pieces):
-                decay = exp2(tops[2 * (w * shared + h)] - largest)
-                weights += tops[2 * (w * shared + h) + 1] * decay
-                value += values[w * width + i] * decay
+            h, value = i // head_dim, float32(0)
+            for j in range(pieces):
+                factor = shared_f32(memory + at_tops + 4 * (h * pieces + j))
+                value += factor * shared_f32(memory + at_values + 4 * (j * width + i))
             if active == 1:
-                result[i] = value / weights
+                result[i] = value / shared_f32(memory + 8 * h + 4)
             else:
                 part_values[int64(place) * width + i] = value
-                if i % head_dim == 0:
-                    part_statistics[2 * (place * shared + h)] = largest
-                    part_statistics[2 * (place * shared + h) + 1] = weights
         if active == 1:
             return
+        if thread < 2 * shared:
+            part_statistics[place * 2 * shared + thread] = shared_f32(memory + 4 * thread)
         cuda.threadfence()
         cuda.syncthreads()
         if thread == 0:
             at = address(counters) + 4 * (token * cuda.gridDim.z + unit)
-            last[0] = fetch_add(at, int32(1)) == active - 1
+            shared_store_i32(memory, fetch_add(at, int32(1)))
         cuda.syncthreads()
-        if last[0]:
-            cuda.threadfence()
-            place -= part
-            for i in range(thread, width, THREADS):
-                h = i // head_dim
-                largest, weights, value = float32(-1e30), float32(0), float32(0)
-                for p in range(active):
-                    largest = max(largest, part_statistics[2 * ((place + p) * shared + h)])
-                for p in range(active):
-                    at = 2 * ((place + p) * shared + h)
-                    decay = exp2(part_statistics[at] - largest)
-                    weights += part_statistics[at + 1] * decay
-                    value += part_values[int64(place + p) * width + i] * decay
-                result[i] = value / weights
-            if thread == 0:
-                counters[token * cuda.gridDim.z + unit] = int32(0)
+        if shared_i32(memory) != active - 1:
+            return
+        # The last block of these heads to finish merges the parts in the same way: a lane is a part.
+        cuda.threadfence()
+        place -= part
+        for h in range(warp, shared, WARPS):
+            at = 2 * ((place + min(lane, active - 1)) * shared + h)
+            largest = warp_max(part_statistics[at])
+            decay = exp2(part_statistics[at] - largest) if lane < active else float32(0)
+            shared_store_f32(memory + at_tops + 4 * (32 * h + lane), decay)
+            weights = warp_sum(decay * part_statistics[at + 1])
+            if lane == 0:
+                shared_store_f32(memory + at_totals + 4 * h, weights)
+        cuda.syncthreads()
+        for i in range(thread, width, THREADS):
+            h, value = i // head_dim, float32(0)
+            for p in range(active):
+                factor = shared_f32(memory + at_tops + 4 * (32 * h + p))
+                value += factor * part_values[int64(place + p) * width + i]
+            result[i] = value / shared_f32(memory + at_totals + 4 * h)
+        if thread == 0:
+            counters[token * cuda.gridDim.z + unit] = int32(0)
 
     return decode
 
@@ -320,17 +355,31 @@ def decode(
     """Attention as registry.attention has it; with `rope`, what it does too."""
     kv_heads, head_dim, tokens = k_pages.shape[1], k_pages.shape[3], qkv.shape[0]
     of_key = heads // kv_heads
-    most = min(8, 1024 // head_dim, of_key)  # what registers and 48 KB of shared memory hold
-    shared = next(n for n in range(most, 0, -1) if of_key % n == 0)
-    units = heads // shared
-    parts = max(1, min(MOST_PARTS, stream.gpu.multiprocessors // (units * tokens)))
+    shared = next(n for n in range(min(8, of_key), 0, -1) if of_key % n == 0)
+    units, plan = heads // shared, Plan(head_dim, shared)
+    blocks = stream.gpu.multiprocessors // (units * tokens)  # for each token's heads, so that all have some
+    parts_shift = min(MOST_PARTS.bit_length(), max(1, blocks).bit_length()) - 1
+    parts = 1 << parts_shift
     values = stream.scratch("attention parts", tokens * units * parts * shared * head_dim)
     statistics = stream.scratch("attention statistics", tokens * units * parts * shared * 2)
     norms = (None, None, 0, 0.0) if rope is None else (rope.q_norm, rope.k_norm, int(rope.q_norm is not None), rope.eps)
     angles = (None, None, 0) if rope is None else (rope.cos, rope.sin, 0 if rope.cos is None else rope.cos.shape[1])
     stream.launch(
         _decode(head_dim, shared, rope is not None),
-        *((parts, tokens, units), qkv, heads, kv_heads, scale, window, *norms, positions, sequences, *angles),
-        *(k_pages, v_pages, page_table, page_table.shape[1], parts, values, statistics),
+        *(
+            (parts, tokens, units),
+            qkv,
+            heads,
+            kv_heads,
+            of_key // shared,
+            scale,
+            window,
+            *norms,
+            positions,
+            sequences,
+            *angles,
+        ),
+        *(k_pages, v_pages, page_table, page_table.shape[1], parts_shift, values, statistics),
         *(stream.counters(tokens * units), out),
+        shared=plan.nbytes,
     )

@@ -29,6 +29,7 @@ from numbainfer.gpu.ptx import (
     copy_async_16,
     copy_async_commit,
     copy_async_wait,
+    divide,
     dp4a,
     half_to_float,
     let_next_kernel_start,
@@ -79,7 +80,7 @@ class Plan:
 
     @property
     def stages(self) -> int:
-        return {1: 8, 2: 4, 3: 2, 4: 2}[self.copies]  # 80 KB: blocks of two kernels fit a multiprocessor's 227 KB
+        return {1: 12, 2: 6, 3: 4, 4: 3}[self.copies]  # 120 KB
 
     @property
     def ring_scales(self) -> int:
@@ -223,12 +224,11 @@ def _gemv(width: int, group: int, tokens: int, split: int, source: str, gated: b
         hot=True,
     )
     def gemv(w, ws, x, norm, eps, codes, scales, sums, stride, bias, residual, y, hidden, rows, all_tokens):
-        let_next_kernel_start()
         memory = shared_address(cuda.shared.array(0, int32, alignment=16))
         warp, lane = cuda.threadIdx.x >> 5, cuda.threadIdx.x & 31
         pairs = rows // halves  # gated: row p of the gate and row p of up belong together
-        first = cuda.blockIdx.x * pairs // cuda.gridDim.x
-        count = (cuda.blockIdx.x + 1) * pairs // cuda.gridDim.x - first
+        first = divide(cuda.blockIdx.x * pairs, cuda.gridDim.x)
+        count = divide((cuda.blockIdx.x + 1) * pairs, cuda.gridDim.x) - first
         w_start, ws_start = address(w), address(ws)
         asked_item, asked_unit = warp, 0
         for stage in range(stages):
@@ -245,6 +245,7 @@ def _gemv(width: int, group: int, tokens: int, split: int, source: str, gated: b
                     values[4 * j + b] = four[b]
 
         wait_for_previous_kernel()
+        let_next_kernel_start()  # not before: a third kernel's blocks would take the places that the second's need
         first_token = cuda.blockIdx.y * tokens
         mine = cuda.threadIdx.x < count and tokens == 1  # the residual that this thread adds, asked for early
         early = residual[first + cuda.threadIdx.x] if mine and address(residual) != 0 else float32(0)
@@ -291,7 +292,8 @@ def _gemv(width: int, group: int, tokens: int, split: int, source: str, gated: b
         cuda.syncthreads()
 
         for i in range(cuda.threadIdx.x, count * tokens, THREADS):
-            r, t = i % count, i // count
+            t = 0 if tokens == 1 else divide(i, count)
+            r = i - t * count
             value, up, at = float32(0), float32(0), first + r
             for p in range(split):
                 value += shared_f32(memory + at_sums + 4 * ((r * split + p) * tokens + t))

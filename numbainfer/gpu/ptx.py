@@ -214,6 +214,11 @@ def shared_store_i32x4(address, a, b, c, d):
     """16 bytes to shared memory."""
 
 
+@instruction("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", types.void, i32, f32, f32, f32, f32)
+def shared_store_f32x4(address, a, b, c, d):
+    """16 bytes to shared memory."""
+
+
 # --- asynchronous copies from global to shared memory (sm_80) ---------------------------------------------------
 
 
@@ -303,6 +308,11 @@ def exp2(value):
 @instruction("rcp.approx.ftz.f32 $0, $1;", f32, f32, effects=False)
 def reciprocal(value):
     """1 / value, to 1 unit in the last place."""
+
+
+@instruction("div.u32 $0, $1, $2;", i32, i32, i32, effects=False)
+def divide(a, b):
+    """a // b of numbers that are not negative, in 32 bits: a tenth of the instructions that 64 take."""
 
 
 @instruction("prmt.b32 $0, $1, $2, $3;", i32, i32, i32, i32, effects=False)
