@@ -95,6 +95,11 @@ def device_name(device: Device) -> str:
     return open_gpu(device.index).name
 
 
+def free_memory(device: Device) -> int:
+    """Bytes of the GPU that nobody holds."""
+    return open_gpu(device.index).free_memory()
+
+
 def activation_planes(tokens: int) -> int:
     """Two planes for any number of tokens."""
     return 2

@@ -98,10 +98,13 @@ def _turn(head, weight, normed, eps, head_dim, half, cos, sin, target, lane):
     factor = float32(1)
     if normed:
         squares = float32(0)
-        for i in range(lane, head_dim, 32):
+        i = lane
+        while i < head_dim:
             squares += head[i] * head[i]
+            i += 32
         factor = float32(1) / math.sqrt(warp_sum(squares) / float32(head_dim) + eps)
-    for i in range(lane, head_dim, 32):
+    i = lane
+    while i < head_dim:
         value = head[i] * factor * (weight[i] if normed else float32(1))
         if i < 2 * half:
             other = i + half if i < half else i - half
@@ -110,6 +113,7 @@ def _turn(head, weight, normed, eps, head_dim, half, cos, sin, target, lane):
             turned = partner * sin[angle]
             value = value * cos[angle] + (-turned if i < half else turned)
         shared_store_f32(target + 4 * i, value)
+        i += 32
 
 
 @family(
@@ -143,7 +147,8 @@ def _decode(head_dim: int, shared: int, fused: bool):
     )
     def decode(
         qkv, heads, kv_heads, units_per_key, scale, window, q_norm, k_norm, normed, eps, positions, sequences, cos, sin,
-        half, k_pages, v_pages, page_table, pages_per_sequence, parts_shift, part_values, part_statistics, counters, out,
+        half, k_pages, v_pages, page_table, pages_per_sequence, parts_shift, part_values, part_statistics, counters,
+        out,
     ):  # fmt: skip
         memory = shared_address(cuda.shared.array(0, float32, alignment=16))
         thread, warp, lane = cuda.threadIdx.x, cuda.threadIdx.x >> 5, cuda.threadIdx.x & 31
@@ -178,15 +183,19 @@ def _decode(head_dim: int, shared: int, fused: bool):
             wait_for_previous_kernel()
             let_next_kernel_start()
             angles = position * half
-            for h in range(warp, shared + 1, WARPS):
+            h = warp
+            while h < shared + 1:
                 head = advance(row, (first_head + h if h < shared else heads + g) * head_dim)
                 weight, target = q_norm if h < shared else k_norm, memory + 4 * h * head_dim
                 _turn(
                     head, weight, normed, eps, head_dim, half, advance(cos, angles), advance(sin, angles), target, lane
                 )
+                h += WARPS
         else:
-            for i in range(thread, width, THREADS):
+            i = thread
+            while i < width:
                 shared_store_f32(memory + 4 * i, row[first_head * head_dim + i])
+                i += THREADS
         cuda.syncthreads()
 
         acc = cuda.local.array(per_lane, float32)
@@ -249,42 +258,55 @@ def _decode(head_dim: int, shared: int, fused: bool):
                 shared_store_f32(memory + at_totals + 4 * (h * pieces + piece), total[h])
         if fused:  # the step's own key, as the cache will have it
             value_row = advance(row, (heads + kv_heads + g) * head_dim)
-            for h in range(warp, shared, WARPS):
+            h = warp
+            while h < shared:
                 score = float32(0)
-                for i in range(lane, head_dim, 32):
+                i = lane
+                while i < head_dim:
                     key_value = as_stored(shared_f32(memory + 4 * (width + i)))
                     score += shared_f32(memory + 4 * (h * head_dim + i)) * key_value
                     value = as_stored(value_row[i]) if own else float32(0)
                     shared_store_f32(memory + at_values + 4 * ((groups * shared + h) * head_dim + i), value)
+                    i += 32
                 score = warp_sum(score) * log2_scale
                 if lane == 0:
                     shared_store_f32(memory + at_tops + 4 * (h * pieces + groups), score if own else float32(-1e30))
                     shared_store_f32(memory + at_totals + 4 * (h * pieces + groups), float32(1) if own else float32(0))
+                h += WARPS
             if own:
                 slot = ((int64(table[position >> 6]) * kv_heads + g) * PAGE + (position & 63)) * head_dim
-                for i in range(thread, head_dim, THREADS):
+                i = thread
+                while i < head_dim:
                     put_f16(k_pages, slot + i, shared_f32(memory + 4 * (width + i)))
                     put_f16(v_pages, slot + i, value_row[i])
+                    i += THREADS
         cuda.syncthreads()
         # Maxima become factors; behind them a head's largest maximum and its sum of weights.
-        for h in range(warp, shared, WARPS):
+        h = warp
+        while h < shared:
             largest = float32(-1e30)
-            for i in range(lane, pieces, 32):
+            i = lane
+            while i < pieces:
                 largest = max(largest, shared_f32(memory + at_tops + 4 * (h * pieces + i)))
+                i += 32
             largest, weights = warp_max(largest), float32(0)
-            for i in range(lane, pieces, 32):
+            i = lane
+            while i < pieces:
                 at = 4 * (h * pieces + i)
                 decay = exp2(shared_f32(memory + at_tops + at) - largest)
                 weights += decay * shared_f32(memory + at_totals + at)
                 shared_store_f32(memory + at_tops + at, decay)
+                i += 32
             weights = warp_sum(weights)
             if lane == 0:
                 shared_store_f32(memory + 8 * h, largest)  # over the queries, which nobody needs any more
                 shared_store_f32(memory + 8 * h + 4, weights)
+            h += WARPS
         cuda.syncthreads()
         result = advance(out, (token * heads + first_head) * head_dim)
         place = ((token * cuda.gridDim.z + unit) << parts_shift) + part
-        for i in range(thread, width, THREADS):
+        i = thread
+        while i < width:
             h, value = i // head_dim, float32(0)
             for j in range(pieces):
                 factor = shared_f32(memory + at_tops + 4 * (h * pieces + j))
@@ -293,6 +315,7 @@ def _decode(head_dim: int, shared: int, fused: bool):
                 result[i] = value / shared_f32(memory + 8 * h + 4)
             else:
                 part_values[int64(place) * width + i] = value
+            i += THREADS
         if active == 1:
             return
         if thread < 2 * shared:
@@ -308,7 +331,8 @@ def _decode(head_dim: int, shared: int, fused: bool):
         # The last block of these heads to finish merges the parts in the same way: a lane is a part.
         cuda.threadfence()
         place -= part
-        for h in range(warp, shared, WARPS):
+        h = warp
+        while h < shared:
             at = 2 * ((place + min(lane, active - 1)) * shared + h)
             largest = warp_max(part_statistics[at])
             decay = exp2(part_statistics[at] - largest) if lane < active else float32(0)
@@ -316,13 +340,16 @@ def _decode(head_dim: int, shared: int, fused: bool):
             weights = warp_sum(decay * part_statistics[at + 1])
             if lane == 0:
                 shared_store_f32(memory + at_totals + 4 * h, weights)
+            h += WARPS
         cuda.syncthreads()
-        for i in range(thread, width, THREADS):
+        i = thread
+        while i < width:
             h, value = i // head_dim, float32(0)
             for p in range(active):
                 factor = shared_f32(memory + at_tops + 4 * (32 * h + p))
                 value += factor * part_values[int64(place + p) * width + i]
             result[i] = value / shared_f32(memory + at_totals + 4 * h)
+            i += THREADS
         if thread == 0:
             counters[token * cuda.gridDim.z + unit] = int32(0)
 

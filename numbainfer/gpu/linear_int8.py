@@ -193,10 +193,13 @@ def _gemv(width: int, group: int, tokens: int, split: int, source: str, gated: b
     @device_function
     def publish(memory, codes, scales, sums, stride):
         """What stands in shared memory to global memory, for who else reads these activations."""
-        for quad in range(cuda.threadIdx.x, width // 4, THREADS):
+        quad = cuda.threadIdx.x
+        while quad < width // 4:
             for plane in range(2):
                 codes[plane * (stride // 8) + quad] = shared_i32(memory + at_codes + plane * width + 4 * quad)
-        for g in range(cuda.threadIdx.x, groups, THREADS):
+            quad += THREADS
+        g = cuda.threadIdx.x
+        while g < groups:
             total = int32(0)
             for plane in range(2):
                 total <<= int32(8)
@@ -204,6 +207,7 @@ def _gemv(width: int, group: int, tokens: int, split: int, source: str, gated: b
                     at = memory + at_codes + plane * width + g * group + 4 * i
                     total = dp4a(shared_i32(at), int32(0x01010101), total)
             scales[g], sums[g] = shared_f32(memory + at_xs + 4 * g), total
+            g += THREADS
 
     @device_function
     def fetch(memory, codes, scales, stride, first, last):
@@ -211,11 +215,15 @@ def _gemv(width: int, group: int, tokens: int, split: int, source: str, gated: b
         for t in range(tokens):
             token = int64(min(first + t, last))
             for plane in range(2):
-                for i in range(cuda.threadIdx.x, pieces, THREADS):
+                i = cuda.threadIdx.x
+                while i < pieces:
                     a, b, c, d = load_i32x4(address(codes) + token * stride + plane * (stride // 2) + PIECE * i)
                     shared_store_i32x4(memory + at_codes + (2 * t + plane) * width + PIECE * i, a, b, c, d)
-            for g in range(cuda.threadIdx.x, groups, THREADS):
+                    i += THREADS
+            g = cuda.threadIdx.x
+            while g < groups:
                 shared_store_f32(memory + at_xs + 4 * (t * groups + g), scales[token * groups + g])
+                g += THREADS
 
     @kernel(
         "i8p u16p f32p f32p f32 i32p f32p i32p i32 f32p f32p f32p f32p i32 i32",
@@ -257,7 +265,8 @@ def _gemv(width: int, group: int, tokens: int, split: int, source: str, gated: b
 
         acc = cuda.local.array(tokens, float32)
         stage = 0
-        for item in range(warp, count * split * halves, WARPS):
+        item = warp
+        while item < count * split * halves:
             r, p = item // split, item % split
             row = first + r if r < count else pairs + first + r - count
             for t in range(tokens):
@@ -289,9 +298,11 @@ def _gemv(width: int, group: int, tokens: int, split: int, source: str, gated: b
                 total = warp_sum(acc[t])
                 if lane == 0:
                     shared_store_f32(memory + at_sums + 4 * (item * tokens + t), total)
+            item += WARPS
         cuda.syncthreads()
 
-        for i in range(cuda.threadIdx.x, count * tokens, THREADS):
+        i = cuda.threadIdx.x
+        while i < count * tokens:
             t = 0 if tokens == 1 else divide(i, count)
             r = i - t * count
             value, up, at = float32(0), float32(0), first + r
@@ -313,6 +324,7 @@ def _gemv(width: int, group: int, tokens: int, split: int, source: str, gated: b
                 if gated:
                     y[target + pairs] = up
                     hidden[at] = value / (float32(1) + math.exp(-value)) * up
+            i += THREADS
         if quantizes and cuda.blockIdx.x == 0:
             publish(memory, codes, scales, sums, stride)
 
