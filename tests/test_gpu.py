@@ -54,13 +54,13 @@ def test_decoding_of_a_models_shape_is_the_cpus(ops: Operators) -> None:
     """int8, heads of 64, three to a key: the fast path token by token, with keys in one part and in several."""
     last = []
     for device in (ops, operators("cpu")):
-        model = build_model(device, RandomWeights("smollm2-135m"), ctx_size=704)
+        model = build_model(device, RandomWeights("smollm2-135m"), ctx_size=384)
         sequence = model.cache.add_sequence()
-        tokens = np.random.default_rng(2).integers(0, 49152, 700).tolist()
+        tokens = np.random.default_rng(2).integers(0, 49152, 330).tolist()
         rows = []
         for position, token in enumerate(tokens):
             model.cache.append(sequence, [token])
-            wanted = position in (0, 1, 63, 64, 300, 699)
+            wanted = position in (0, 1, 63, 64, 200, 329)
             got = model.step([token], [position], [sequence.row], int(wanted))
             if got is not None:
                 rows.append(got[0].copy())
@@ -119,11 +119,11 @@ def test_nothing_leaks_over_a_thousand_loads(ops: Operators) -> None:
         if load % 50 == 0:
             model.step([1], [0], [sequence.row])
         model.release()
-        ops.pool.trim()
-        if load == 99:
+        if load % 100 == 99:
             gc.collect()
+            ops.pool.trim()
+        if load == 99:
             free = ops.backend.free_memory(ops.device)
-    gc.collect()
     assert ops.pool.statistics.reserved == ops.pool.statistics.in_use
     assert free - ops.backend.free_memory(ops.device) < 16 << 20
 

@@ -19,6 +19,7 @@ from typing import Any
 from numba import cuda
 from numpy import float32, int32, int64
 
+from numbainfer.errors import NumbaInferError
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
 from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.linear_mma import HeldProduct, linear_mma
@@ -65,6 +66,7 @@ class Plan:
     group: int
     tokens: int
     split: int
+    ring: int  # KB of shared memory for bytes under way: what decides how deep it is
 
     @property
     def part(self) -> int:
@@ -80,7 +82,7 @@ class Plan:
 
     @property
     def stages(self) -> int:
-        return {1: 12, 2: 6, 3: 4, 4: 3}[self.copies]  # 120 KB
+        return max(1, (self.ring << 10) // (THREADS * self.copies * (PIECE + 4)))
 
     @property
     def ring_scales(self) -> int:
@@ -103,6 +105,16 @@ class Plan:
         return self.sums + 4 * items * self.tokens
 
 
+def choose_plan(width: int, group: int, tokens: int, split: int, items: int, most: int) -> Plan:
+    """Four tokens at a time, or as many as there are, and the deepest ring that fits `most` bytes beside them."""
+    for together in range(min(tokens, MOST_TOKENS), 0, -1):
+        for ring in (120, 80, 40):
+            plan = Plan(width, group, together, split, ring)
+            if plan.shared(items) <= most:
+                return plan
+    raise NumbaInferError(f"a matrix of {width} columns is too wide for this GPU's shared memory; use --device cpu")
+
+
 def choose_split(rows: int, width: int, blocks: int) -> int:
     """Warps to a row, so that no warp of a block is without work where rows are few and long."""
     split = 1
@@ -112,18 +124,18 @@ def choose_split(rows: int, width: int, blocks: int) -> int:
 
 
 @family(
-    (2048, 64, 1, 1, "norm", True),
-    (2048, 64, 1, 1, "norm", False),
-    (8192, 64, 1, 2, "plain", False),
-    (14336, 64, 1, 1, "plain", False),
-    (4864, 64, 1, 4, "plain", False),
-    (896, 128, 1, 1, "norm", True),
-    (96, 32, 1, 1, "plain", False),
-    (896, 64, 4, 1, "rows", False),
-    (384, 128, 2, 1, "rows", False),
+    (2048, 64, 1, 1, 120, "norm", True),
+    (2048, 64, 1, 1, 120, "norm", False),
+    (8192, 64, 1, 2, 120, "plain", False),
+    (14336, 64, 1, 1, 80, "plain", False),
+    (4864, 64, 1, 4, 120, "plain", False),
+    (896, 128, 1, 1, 120, "norm", True),
+    (96, 32, 1, 1, 120, "plain", False),
+    (896, 64, 4, 1, 120, "rows", False),
+    (384, 128, 2, 1, 120, "rows", False),
 )
-def _gemv(width: int, group: int, tokens: int, split: int, source: str, gated: bool):
-    plan = Plan(width, group, tokens, split)
+def _gemv(width: int, group: int, tokens: int, split: int, ring: int, source: str, gated: bool):
+    plan = Plan(width, group, tokens, split, ring)
     pieces, part, copies, units, stages = width // PIECE, plan.part, plan.copies, plan.units, plan.stages
     groups, halves = width // group, 2 if gated else 1
     at_scales, at_codes, at_xs, at_sums = plan.ring_scales, plan.codes, plan.scales, plan.sums
@@ -228,7 +240,6 @@ def _gemv(width: int, group: int, tokens: int, split: int, source: str, gated: b
     @kernel(
         "i8p u16p f32p f32p f32 i32p f32p i32p i32 f32p f32p f32p f32p i32 i32",
         threads=THREADS,
-        blocks=1 if tokens > 1 else 2,  # a block of the next kernel starts beside one of this
         hot=True,
     )
     def gemv(w, ws, x, norm, eps, codes, scales, sums, stride, bias, residual, y, hidden, rows, all_tokens):
@@ -394,15 +405,23 @@ def launch(
     gated = hidden is not None
     pairs = rows // 2 if gated else rows
     blocks = min(stream.gpu.multiprocessors, pairs)
-    together = min(tokens, MOST_TOKENS)
     split = choose_split(rows, width, blocks)
-    plan = Plan(width, weight.group, together, split)
-    kernel: Kernel = _gemv(*plan.__dict__.values(), "rows" if source is None else source.kind, gated)
     items = -(-pairs // blocks) * split * (2 if gated else 1)
+    plan = choose_plan(width, weight.group, tokens, split, items, stream.gpu.shared_memory)
+    kernel: Kernel = _gemv(*plan.__dict__.values(), "rows" if source is None else source.kind, gated)
     values = (None, None, 0.0) if source is None else (source.x, source.weight, source.eps)
     stream.launch(
         kernel,
-        *((blocks, -(-tokens // together)), weight.codes, weight.scales, *values, x.codes, x.scales, x.sums, x.stride),
+        *(
+            (blocks, -(-tokens // plan.tokens)),
+            weight.codes,
+            weight.scales,
+            *values,
+            x.codes,
+            x.scales,
+            x.sums,
+            x.stride,
+        ),
         *(bias, residual, out, hidden, rows, tokens),
         shared=plan.shared(items),
     )
