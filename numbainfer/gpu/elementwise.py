@@ -125,7 +125,7 @@ def swiglu(stream: Stream, gate_up: DeviceArray, out: DeviceArray | QuantizedRow
         raise ValueError(f"swiglu: gate_up {gate_up.shape}, out {out.shape} do not fit")
     if isinstance(out, QuantizedRows):
         held = stream.take_held()
-        if isinstance(held, HeldProduct) and held.out.pointer == gate_up.pointer and stream.gpu.capability == (9, 0):
+        if isinstance(held, HeldProduct) and held.out.pointer == gate_up.pointer:
             stream.hold(HeldGated(stream, held, gate_up, out))
             return
         if isinstance(held, HeldLinear) and held.out.pointer == gate_up.pointer and tokens == 1:

@@ -110,20 +110,21 @@ def _exp2(builder: Any, value: Any) -> Any:
 
 
 @cache
-def silu_times(width: int) -> Any:
-    """f(gate, up) -> gate / (1 + e^-gate) * up"""
+def gated(width: int) -> Any:
+    """f(acc, factor) -> silu(row g) * row g + 8 * factor, with silu(z) = z / (1 + e^-z): width / 4 numbers."""
 
-    @over_fragment(fragment(width), fragment(width), fragment(width))
-    def fragment_silu_times(builder, gate, up):
+    @over_fragment(types.UniTuple(f32, width // 4), fragment(width), f32)
+    def fragment_gated(builder, acc, factor):
         out = []
-        for g, u in zip(gate, up, strict=True):
-            power = _exp2(builder, builder.fmul(g, ir.Constant(FLOAT, -1.4426950216293335)))
+        for i in (i for i in range(len(acc)) if i % 4 < 2):
+            gate, up = acc[i], acc[i + 2]
+            power = _exp2(builder, builder.fmul(gate, ir.Constant(FLOAT, -1.4426950216293335)))
             one_more = builder.fadd(power, ir.Constant(FLOAT, 1.0))
             inverse = asm(builder, FLOAT, "rcp.approx.ftz.f32 $0, $1;", "=f,f", [one_more], effects=False)
-            out.append(builder.fmul(builder.fmul(g, inverse), u))
+            out.append(builder.fmul(builder.fmul(builder.fmul(gate, inverse), up), factor))
         return out
 
-    return fragment_silu_times
+    return fragment_gated
 
 
 # --- softmax --------------------------------------------------------------------------------------------------------
@@ -281,24 +282,20 @@ def _to_half(builder: Any, value: Any) -> Any:
 
 @cache
 def halves_to_shared(width: int) -> Any:
-    """f(acc, address, chunk, t): the transpose as float16, to shared memory, rows of 128 bytes, swizzled.
+    """f(row, address, chunk, t): `gated` rows as float16 to shared memory, lines of 128 bytes, swizzled.
 
-    Column c is row c there. The thread's two elements of a column go to 16-byte chunks `chunk` and chunk + 4 of it,
-    at the place in the chunk that `address` points to in column 0, unswizzled.
+    Column c goes to 16-byte chunk `chunk` of line c, at the place in the chunk that `address` points to in line 0.
     """
 
-    @over_fragment(types.void, fragment(width), i32, i32, i32)
-    def fragment_halves_to_shared(builder, acc, address, chunk, t):
+    @over_fragment(types.void, types.UniTuple(f32, width // 4), i32, i32, i32)
+    def fragment_halves_to_shared(builder, row, address, chunk, t):
         for odd in (0, 1):
             column = builder.or_(builder.shl(t, constant(1)), constant(odd))  # modulo 8
             line = builder.add(address, builder.shl(column, constant(7)))
-            for second in (0, 1):
-                place = builder.xor(builder.add(chunk, constant(4 * second)), column)
-                at = builder.add(line, builder.shl(place, constant(4)))
-                for j in range(width // 8):
-                    bits = _to_half(builder, acc[4 * j + 2 * second + odd])
-                    text = f"st.shared.b16 [$0+{1024 * j}], $1;"
-                    asm(builder, ir.VoidType(), text, "r,h,~{memory}", [at, bits])
+            at = builder.add(line, builder.shl(builder.xor(chunk, column), constant(4)))
+            for j in range(width // 8):
+                bits = _to_half(builder, row[2 * j + odd])
+                asm(builder, ir.VoidType(), f"st.shared.b16 [$0+{1024 * j}], $1;", "r,h,~{memory}", [at, bits])
 
     return fragment_halves_to_shared
 

@@ -9,7 +9,8 @@ the registers where the tensor cores want them, 16 columns of a row to a thread,
 shared memory, brought by a warp that does nothing else. On sm_90 the products are `wgmma` (64 rows, a warpgroup,
 running while the next weights are widened), elsewhere `mma.sync`; the numbers lie in the same registers either way.
 
-A block has two warpgroups of `subtiles` * 64 rows each, and takes tiles of the result in turn. Where there are fewer
+A block has two warpgroups of `subtiles` * 64 rows each, and takes tiles of the result in turn. With two subtiles the
+products of one run while weights are widened for the other. Where there are fewer
 tiles than multiprocessors, the columns are split among `splits` blocks; the last to finish adds up what all left in
 memory, in order, so that results do not change from run to run.
 """
@@ -25,7 +26,8 @@ from numba import cuda
 from numpy import float32, int32, int64, uint32
 
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
-from numbainfer.gpu.fragments import add_spilled, scale_and_shift, scale_rows, silu_times, spill, zeros
+from numbainfer.gpu.fragments import add_spilled, scale_and_shift, spill, zeros
+from numbainfer.gpu.fragments import gated as gated_rows
 from numbainfer.gpu.half_rows import BLOCK, HalfRows
 from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.memory import DeviceArray
@@ -72,11 +74,11 @@ def _last(value, limit):
     ("int8", 128, 2, 1, False),
     ("int8", 128, 2, 1, True),
     ("int8", 128, 1, 1, False),
-    ("int8", 64, 1, 4, False),
-    ("int8", 32, 1, 4, False),
-    ("int8", 16, 2, 4, True),
+    ("int8", 64, 1, 4, True),
+    ("int8", 32, 1, 2, False),
+    ("int8", 16, 1, 2, True),
     ("float16", 128, 1, 1, False),
-    ("uint16", 32, 1, 2, False),
+    ("uint16", 32, 1, 1, False),
 )
 def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
     """kind: of weights. width: tokens of a tile. depth: how many blocks of 64 columns weights are loaded ahead. gated:
@@ -85,10 +87,15 @@ def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Ke
     stages = _stages(width)
     zero, product, done = zeros(width), multiply(width), finished(width)
     spill_tile, add_tile = spill(width), add_spilled(width)
-    store_tile, store_halves = make_store(width), make_store_halves(width)
-    affine, times_rows, gate = scale_and_shift(width), scale_rows(width), silu_times(width)
-    group_rows = 64 if gated else 64 * subtiles  # of the result, to a warpgroup
+    store_tile, store_halves = make_store(width), make_store_halves(width, subtiles)
+    affine, gate = scale_and_shift(width), gated_rows(width)
+    # Rows of W, 16 to a warp and subtile; or of the result, 8: row g of a fragment is the gate, row g + 8 is up.
+    warp_rows = 8 if gated else 16
+    group_rows = 4 * warp_rows * subtiles
     block_rows = 2 * group_rows
+    together = (
+        subtiles == 1 and depth <= 2 and width <= 32
+    )  # two blocks fit a multiprocessor, and hide each other's waits
     partial_bytes = subtiles * CONSUMERS * width * 2
     stage_bytes, tile_bytes = width * 2 * BLOCK, store_bytes(width)
 
@@ -164,7 +171,7 @@ def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Ke
     @kernel(
         "i8p u16p i32 u16p i32 f32 f32p f32p f32p u16p i32 f32 i32 i32 i32 i32 f32p i32p",
         threads=CONSUMERS + (128 if roomy else 32),
-        blocks=1,
+        blocks=2 if together else 1,
         hot=True,
         fast=True,
         only=(9, 0) if roomy else None,
@@ -229,10 +236,13 @@ def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Ke
             item = int32(item + cuda.gridDim.x)
             first, end = part(blocks, split, splits), part(blocks, int32(split + 1), splits)
             first_row = int32(row_tile * block_rows + group * group_rows)
-            row = int32(first_row + 16 * (warp & 3) + g)
-            second = int32(N if gated else 64)  # from a row to its partner in the other subtile
-            r0, r1 = int32(_last(row, rows)), int32(_last(row + 8, rows))
-            r2, r3 = int32(_last(row + second, rows)), int32(_last(row + second + 8, rows))
+            row = int32(first_row + warp_rows * (warp & 3) + g)
+            other, far = (
+                int32(N if gated else 8),
+                4 * warp_rows,
+            )  # to row g + 8 of the fragment, and to the next subtile
+            r0, r1 = int32(_last(row, rows)), int32(_last(row + other, rows))
+            r2, r3 = int32(_last(row + far, rows)), int32(_last(row + far + other, rows))
             w0, w1 = address(codes) + int64(r0) * D * weight_bytes, address(codes) + int64(r1) * D * weight_bytes
             w2, w3 = address(codes) + int64(r2) * D * weight_bytes, address(codes) + int64(r3) * D * weight_bytes
             s0, s1 = address(scales) + int64(r0) * groups * 2, address(scales) + int64(r1) * groups * 2
@@ -251,7 +261,10 @@ def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Ke
                 at = int32(stages_at + stage * stage_bytes)
                 barrier_wait(full + 8 * stage, phase)
                 acc0 = product(acc0, wide, at, lane)
-                wait_for_products()
+                if subtiles == 1:
+                    acc0 = done(acc0)  # the next block's weights are widened into the same registers
+                else:
+                    wait_for_products()
                 if block > first and lane == 0:  # now all products of the stage before are done
                     barrier_arrive(emptied)
                 if subtiles == 2:
@@ -297,10 +310,11 @@ def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Ke
                 acc0 = affine(acc0, factor, e0, e1)
                 acc1 = affine(acc1, factor, e2, e3)
                 if gated:
-                    inside0 = out_inverse if row < N else float32(0)
-                    inside1 = out_inverse if row + 8 < N else float32(0)
-                    hidden = times_rows(gate(acc0, acc1), inside0, inside1)
-                    store_halves(hidden, tile, warp, lane, out_halves, out_rows, first_row, N, first_token)
+                    hidden = gate(acc0, out_inverse if row < N else float32(0))
+                    more = gate(acc1, out_inverse if row + far < N else float32(0))
+                    block = int32(first_row >> 6 if first_row < N or subtiles == 1 else -1)
+                    place = tile if subtiles == 2 else tiles_at
+                    store_halves(hidden, more, place, warp, lane, out_halves, out_rows, block, first_token)
                 else:
                     store_tile(acc0, tile, warp, lane, residual, out, first_row, N, first_token, T)
                     if subtiles == 2:
@@ -326,8 +340,9 @@ class Plan:
 
 
 # What a block costs beside its products, in the time of those of 64 columns of 256 rows and 128 tokens: filling the
-# pipeline and storing the tile, and, where columns are split, leaving partial sums and adding them up.
-TILE_COST, SPLIT_COST = 5.0, 2.0
+# pipeline and storing the tile; where columns are split, leaving partial sums and adding them up; and what products of
+# one subtile cost more, as they wait for each other. Measured on an H100, but for the last.
+TILE_COST, SPLIT_COST, ALONE_COST = 5.0, 5.0, 1.9
 
 
 @cache
@@ -336,15 +351,16 @@ def choose(rows: int, columns: int, tokens: int, gated: bool, multiprocessors: i
     width = next((w for w in (16, 32, 64) if tokens <= w), 128)
     blocks = -(-columns // BLOCK)
     best: tuple[float, Plan] | None = None
-    for subtiles in (2,) if gated else (1, 2) if wide and width == 128 else (1,):
-        tile_rows = 128 if gated else 128 * subtiles
+    for subtiles in (1, 2) if wide and width == 128 else (1,):
+        tile_rows = 64 * subtiles if gated else 128 * subtiles
         tiles = -(-rows // tile_rows) * -(-tokens // width)
         share = subtiles / 2 * max(width, 64) / 128  # of the time of a whole tile
+        slots = multiprocessors * (2 if width <= 32 else 1)
         for splits in range(1, max(1, min(16, blocks // 2)) + 1):
-            rounds = -(-tiles * splits // multiprocessors)
-            work = -(-blocks // splits) * share * (1 if subtiles == 2 else 1.2)
+            rounds = -(-tiles * splits // slots)
+            work = -(-blocks // splits) * share * (1 if subtiles == 2 else ALONE_COST)
             cost = rounds * (work + share * (TILE_COST + (SPLIT_COST * splits if splits > 1 else 0)))
-            depth = 1 if width == 128 else 2 if width * subtiles == 128 else 4
+            depth = {16: 2, 32: 1 if gated else 2, 64: 4, 128: 1}[width]
             if best is None or cost < best[0] * 0.97:
                 best = cost, Plan(width, subtiles, depth, splits, tiles)
     assert best is not None
@@ -360,7 +376,7 @@ def linear_mma(
     out: DeviceArray | HalfRows,
     plan: Plan | None = None,
 ) -> None:
-    """See registry.linear. `out` HalfRows: SwiGLU of the product, whose first half is the gate (int8 on sm_90)."""
+    """See registry.linear. `out` HalfRows: SwiGLU of the product, whose first half is the gate."""
     (rows, columns), tokens = weight.shape, x.tokens
     gated = isinstance(out, HalfRows)
     target: tuple[Any, ...]
@@ -379,20 +395,17 @@ def linear_mma(
     if plan.splits > 1:
         partial = stream.scratch("partial", plan.tiles * plan.splits * plan.subtiles * CONSUMERS * plan.width // 2)
         counters = stream.counters(plan.tiles)
+    depth = plan.depth if kind == "int8" else (plan.depth + 1) // 2
+    together = 2 if plan.subtiles == 1 and plan.width <= 32 and depth <= 2 else 1  # blocks of a multiprocessor
     stream.launch(
-        _linear(kind, plan.width, plan.subtiles, plan.depth if kind == "int8" else (plan.depth + 1) // 2, gated),
+        _linear(kind, plan.width, plan.subtiles, depth, gated),
         *(
-            min(multiprocessors, plan.tiles * plan.splits),
+            min(together * multiprocessors, plan.tiles * plan.splits),
             codes,
             scales,
             shift,
-            x.data,
-            x.rows,
-            x.factor,
-            bias,
-            residual,
         ),
-        *target,
+        *(x.data, x.rows, x.factor, bias, residual, *target),
         *(rows, columns, tokens, plan.splits, partial, counters),
         shared=plan.shared,
     )
