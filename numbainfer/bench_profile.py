@@ -8,9 +8,10 @@ that caches are as in the real step, and the device's stream times each. What ca
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 from numbainfer.bench import Bench, Test
@@ -26,6 +27,7 @@ class Call:
     """One operator of a walk. nbytes: read and written at least once; operations: multiplications and additions."""
 
     name: str
+    operator: Callable[[], None]
     program: Any
     nbytes: int
     operations: int
@@ -65,14 +67,17 @@ class Recorder:
             return operator
 
         def record(*arguments: Any) -> None:
+            again = partial(operator, *arguments)
             with self._ops.stream.capture() as program:
-                operator(*arguments)
+                again()
             given = dict(zip(parameters(CONTRACTS[name])[1:], arguments, strict=True))
             labels = [
                 self._labels[id(value)] for key, value in given.items() if key != "table" and id(value) in self._labels
             ]
             nbytes = sum(_bytes(name, parameter, value, given, self._step) for parameter, value in given.items())
-            self.calls.append(Call(" ".join([name, *labels]), program, nbytes, _operations(name, given, self._step)))
+            self.calls.append(
+                Call(" ".join([name, *labels]), again, program, nbytes, _operations(name, given, self._step))
+            )
 
         return record
 
@@ -91,12 +96,15 @@ def profile(bench: Bench, test: Test, repetitions: int) -> list[dict[str, Any]]:
     bench.feeder.reset(test.depth, test.batch)
     with _recording(bench.model, step) as calls:
         bench.feeder.feed(test.count) if test.kind == "pp" else bench.feeder.step(test.batch)
+    with bench.ops.stream.capture() as step_program:
+        for call in calls:
+            call.operator()
     whole, ceilings = [], []
     for done in range(repetitions + 1):
         ceilings.append(bench.bandwidth())
         for call, seconds in zip(calls, bench.ops.stream.time([call.program for call in calls]), strict=True):
             call.seconds.append(seconds)
-        whole.append(bench.seconds(test))
+        whole += bench.ops.stream.time([step_program])
         bench.progress(f"profiling {test}", done, repetitions)
     return _rows(bench, test, [replace(call, seconds=call.seconds[1:]) for call in calls], whole[1:], ceilings[1:])
 

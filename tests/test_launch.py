@@ -243,3 +243,18 @@ def test_scalars_of_numpy_count_as_what_they_are() -> None:
     for eps in (np.float32(0.25), np.float64(0.25)):
         machine.run("rmsnorm", x, weight, eps, two)
         assert_array_equal(two, one)
+
+
+def test_programs_are_timed_one_by_one(machine: Machine) -> None:
+    """What bench --profile rests on: as many times as programs, which have run once, in order."""
+    ops = machine.ops
+    x, y = machine.put(np.ones((4, 256), np.float32)), machine.put(np.ones((4, 256), np.float32))
+    programs = []
+    for _ in range(150):  # more than a GPU's queue takes at once
+        with ops.stream.capture() as program:
+            ops.add(x, y, x)
+        programs.append(program)
+    seconds = ops.stream.time(programs)
+    assert len(seconds) == 150
+    assert all(0 < each < 1 for each in seconds)
+    assert (machine.get(x) == 151).all()

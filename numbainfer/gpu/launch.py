@@ -15,8 +15,9 @@ import struct
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from numbainfer.gpu.compile import Kernel
 from numbainfer.gpu.driver import Gpu, check, load_driver
 from numbainfer.gpu.memory import Block, Copier, DeviceArray, PinnedArray
 
+PROGRAMS_PER_GATE = 64  # that `time` queues before the GPU may begin
 _DYNAMIC_SHARED = 48 << 10  # more dynamic shared memory than this must be asked for
 
 
@@ -207,6 +209,34 @@ class Stream:
             self._events.append(event)
 
         return wait
+
+    def time(self, programs: Sequence[Program]) -> list[float]:
+        """Seconds that each of the programs takes on the GPU, run once in this order.
+
+        They are queued behind a gate, a word of host memory that the GPU waits for, so that between the events that
+        time them stands their own work and not the host's launching. The queue is finite: some at a time.
+        """
+        driver, seconds = self.driver, list[float]()
+        gate, opened = self.shared_array((1,), np.int32)
+        for first in range(0, len(programs), PROGRAMS_PER_GATE):
+            some = programs[first : first + PROGRAMS_PER_GATE]
+            events = [check(driver.cuEventCreate(0)) for _ in range(len(some) + 1)]
+            opened[0] = 0
+            self.synchronize()
+            at_least = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+            check(driver.cuStreamWaitValue32(self.handle, gate.pointer, 1, at_least.value))
+            try:
+                check(driver.cuEventRecord(events[0], self.handle))
+                for program, event in zip(some, events[1:], strict=True):
+                    program.run()
+                    check(driver.cuEventRecord(event, self.handle))
+            finally:
+                opened[0] = 1
+                self.synchronize()
+            seconds += [check(driver.cuEventElapsedTime(a, b)) / 1000 for a, b in pairwise(events)]
+            for event in events:
+                check(driver.cuEventDestroy(event))
+        return seconds
 
     def scratch(self, name: str, shape: int | tuple[int, ...], dtype: Any = np.float32) -> DeviceArray:
         """Uninitialised memory between the launches of one operator, kept under `name`; the next call of that name may
