@@ -128,7 +128,9 @@ def _make_row_kernel(group: int) -> tuple[Kernel, Any]:
             ahead = advance(w_row, AHEAD + skip)
             for t in range(tokens):
                 at, token = t * rows + row, advance(x, t * 2 * low)
-                readable = min(rows - row, 8 - t) * groups  # x has a multiple of 8 rows
+                # x has a multiple of 8 rows, so 5 for each of 4 tokens; the same for all of them, so that a token's
+                # result does not depend on how many it is computed with, which speculation relies on.
+                readable = min(rows - row, 5) * groups
                 numbers, totals = advance(xs, t * groups), advance(sums, t * groups)
                 value = dot_row(w_row, ahead, ws_row, token, low, numbers, totals, width, factors, readable)
                 if flags & 1:
