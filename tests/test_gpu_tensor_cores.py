@@ -1,0 +1,97 @@
+"""What products of many tokens take on a GPU: float16 activations, handed from operator to operator."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+from conftest import open_machine
+from machine import Machine, assert_within, normal
+
+from numbainfer.quantization import QuantizedMatrix, QuantizedRows, dequantize
+
+pytest.importorskip("numba_cuda", reason="the gpu extra is not installed")
+
+from numbainfer.gpu.half_rows import HalfRows, pack, unpack
+from numbainfer.gpu.linear_mma import choose
+
+TOKENS = [5, 16, 17, 33, 64, 65, 130, 300]  # around the tiles of 16, 32, 64 and 128 tokens
+
+
+@pytest.fixture
+def gpu() -> Machine:
+    return open_machine("cuda")
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 32), (5, 96), (130, 64), (128, 200)])
+def test_layout(tokens: int, width: int) -> None:
+    """pack and unpack are each other's inverse, and put what half_rows.py says where it says."""
+    values = np.rint(100 * normal(1, tokens, width))
+    rows = -(-tokens // 128) * 128
+    data = pack(values, rows, factor=4.0)
+    np.testing.assert_array_equal(unpack(HalfRows(data, tokens, width, 4.0)), values)
+    token, column = tokens - 1, width - 3
+    block, j, c, e = column // 64, column % 64 // 16, column % 16 // 2, column % 2
+    half = data[block, token, 8 * (c ^ token % 8) + 2 * j + e].view(np.float16)
+    assert half == values[token, column] / 4
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tokens", [2, 16, 17, 64, 65, 512, 2048])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (896, 4864), (4096, 14336), (128256, 2048)])
+def test_plans_cover_all_tiles(rows: int, columns: int, tokens: int, gated: bool) -> None:
+    """Each part of the columns has a block of 64, each row and token a tile."""
+    for wide in (False, True):
+        plan = choose(rows, columns, tokens, gated, 132, wide)
+        tile = (64 if gated else 128) * plan.subtiles
+        assert plan.tiles * tile * plan.width >= rows * tokens
+        assert 1 <= plan.splits <= -(-columns // 64)
+        assert plan.shared <= 227 << 10
+
+
+def weights(machine: Machine, seed: int, rows: int, columns: int, group: int) -> tuple[QuantizedMatrix, np.ndarray]:
+    matrix = machine.matrix(0.1 * normal(seed, rows, columns), group)
+    return matrix, dequantize(QuantizedMatrix(machine.get(matrix.codes), machine.get(matrix.scales), group))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("width", "hidden", "group"), [(96, 160, 32), (448, 576, 64), (2048, 1280, 128)])
+def test_mlp(gpu: Machine, tokens: int, width: int, hidden: int, group: int) -> None:
+    """Norm, gate and up with SwiGLU, down with the residual: all of it without one float32 activation between."""
+    x, norm = normal(1, tokens, width), 1 + 0.1 * normal(2, width)
+    gate_up, wide = weights(gpu, 3, 2 * hidden, width, group)
+    down, narrow = weights(gpu, 4, width, hidden, 32)
+    bias = normal(5, 2 * hidden)
+    device_x, product = gpu.put(x), gpu.out(tokens, 2 * hidden)
+    normed = QuantizedRows.empty(gpu.ops.pool, tokens, width, group, 2)
+    inner = QuantizedRows.empty(gpu.ops.pool, tokens, hidden, 32, 2)
+    gpu.run("rmsnorm", device_x, gpu.put(norm), 1e-5, normed)
+    gpu.run("linear", normed, gate_up, gpu.put(bias), None, product)
+    gpu.run("swiglu", product, inner)
+    gpu.run("linear", inner, down, None, device_x, device_x)
+
+    gates = reference.linear(reference.rmsnorm(x, norm, 1e-5), wide, bias)
+    middle = reference.swiglu(gates[:, :hidden], gates[:, hidden:])
+    magnitude = reference.linear(abs(middle), abs(narrow)) + abs(x)
+    assert_within(gpu.get(device_x), reference.linear(middle, narrow, None, x), 4e-3 * magnitude)
+    gpu.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_two_products_of_one_input(gpu: Machine, tokens: int) -> None:
+    """The second one finds the input in float16 only; one token's operators find no codes and make them."""
+    x, norm = normal(1, tokens, 192), np.ones(192, np.float32)
+    first, w = weights(gpu, 3, 64, 192, 64)
+    second, v = weights(gpu, 4, 96, 192, 64)
+    normed = QuantizedRows.empty(gpu.ops.pool, tokens, 192, 64, 2)
+    out, other = gpu.out(tokens, 64), gpu.out(tokens, 96)
+    gpu.run("rmsnorm", gpu.put(x), gpu.put(norm), 1e-5, normed)
+    gpu.run("linear", normed, first, None, None, out)
+    gpu.run("linear", normed, second, None, None, other)
+    values = reference.rmsnorm(x, norm, 1e-5)
+    for result, matrix in ((out, w), (other, v)):
+        bound = 2**-11 * reference.linear(abs(values), abs(matrix))
+        assert_within(gpu.get(result), reference.linear(values, matrix), bound)
+    gpu.close()
