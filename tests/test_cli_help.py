@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from command import STORIES, numbainfer, succeed
@@ -97,7 +98,7 @@ def test_bash_completes() -> None:
     """The script's own function, called as bash does when Tab is pressed."""
     script = succeed("completion", "bash").out.replace("$1)", f"{sys.executable} -m numbainfer)")
     program = f"""{script}
-COMP_WORDS=(numbainfer bench --random smol) COMP_CWORD=3
+COMP_WORDS=(numbainfer bench --random smollm2-13) COMP_CWORD=3
 _numbainfer_completion numbainfer
 echo "${{COMPREPLY[@]}}"
 """
@@ -124,6 +125,11 @@ def test_verbose_says_what_runs_where() -> None:
         assert re.search(r"^cpu: \d+ threads; [\d.]+ [kM]B of KV cache for [\d,]+ tokens$", err, re.MULTILINE)
         assert re.search(r"^loaded in [\d.]+ s$", err, re.MULTILINE)
         assert "KV cache" not in succeed(*arguments).err
+
+
+def test_verbose_conversions_tell_their_speed(tmp_path: Path) -> None:
+    err = succeed("convert", STORIES, tmp_path / "out", "-v").err
+    assert re.search(r"^[\d.]+ s, [\d.]+ [kMG]?B written a second$", err, re.MULTILINE)
 
 
 def test_quiet_still_says_what_went_wrong() -> None:

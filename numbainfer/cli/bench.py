@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -62,11 +63,16 @@ numbainfer bench --random llama-3.2-1b -r 3 --compare before.json
 numbainfer bench --from before.json --plot before.png
 numbainfer bench ./qwen --profile
 """,
-    sections={"Names of tests": TESTS},
+    sections={"Names of tests": TESTS, "Shapes of --random": "\n".join(wrap(" ".join(ARCHITECTURES), 76))},
 )
 @argument("model", required=False, callback=not_empty)
 @make_device_option("--device", "devices", multiple=True, help="Where to run (repeatable) [default: auto].")
-@option("--random", "architecture", type=click.Choice(ARCHITECTURES), help="Random int8 weights of a real shape.")
+@option(
+    *("--random", "architecture"),
+    type=click.Choice(ARCHITECTURES),
+    metavar="SHAPE",
+    help="Random int8 weights of a real model's shape, made in memory.",
+)
 @threads_option
 @source_options
 @_numbers("-p", "--prompt-tokens", "prompts", multiple=True, text="Prompt lengths (repeatable) [default: 512].")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ def convert(
     llama2.c, or a converted model. OUT appears when all of it is on the disk; an interrupted conversion leaves nothing
     there.
     """
-    from numbainfer.console import announce_compilation, note, progress_bars, size
+    from numbainfer.console import announce_compilation, detail, note, progress_bars, size
     from numbainfer.converters import convert as converter
     from numbainfer.converters.source import open_source
     from numbainfer.loading import fetch_source
@@ -68,6 +69,7 @@ def convert(
     if format != "gguf" and out.endswith(".gguf"):
         raise click.UsageError("OUT is named like a GGUF file: say --to gguf, or give a directory's name")
     announce_compilation()
+    start = time.perf_counter()
     with progress_bars() as progress, open_source(fetch_source(source, progress), source_options) as opened:
         if format == "gguf":
             from numbainfer.converters.gguf_writer import write_gguf
@@ -77,6 +79,8 @@ def convert(
             target = converter.Target(dtype, int(group_size or 64))
             summary = converter.convert(opened, Path(out), target, force=force, progress=progress)
     note(f"{out}: {summary.parameters:,} parameters, {size(summary.nbytes)} as {dtype}")
+    seconds = time.perf_counter() - start
+    detail(f"{seconds:.1f} s, {size(summary.nbytes / seconds)} written a second")
     if summary.floating:
         shown = ", ".join(summary.floating[:2]) + (", ..." if len(summary.floating) > 2 else "")
         note(f"{len(summary.floating)} matrices stay float16, no group divides their width: {shown}")
