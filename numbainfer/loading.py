@@ -175,7 +175,14 @@ def load(
     ops = bind(device or Device("cpu"), threads)
     opened = open_model(path, source_options=source_options, threads=threads, progress=progress)
     assert opened.tokenizer is not None
-    model = Model(ops, opened.weights, context_size(opened.weights, ctx_size), chunk=chunk, sequences=sequences)
+    model = Model(
+        ops,
+        opened.weights,
+        context_size(opened.weights, ctx_size),
+        chunk=chunk,
+        sequences=sequences,
+        progress=progress,
+    )
     describe(model, opened.weights, time.perf_counter() - start)
     return LoadedModel(Engine(model, opened.tokenizer), opened.generation_config)
 

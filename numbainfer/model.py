@@ -18,6 +18,7 @@ from numbainfer.config import ModelConfig
 from numbainfer.kv_cache import KVCache
 from numbainfer.kv_cache import Sequence as KVSequence
 from numbainfer.mixture import Mixture, MixtureWorkspace, mix, read_mixture
+from numbainfer.progress import Progress, silent
 from numbainfer.quantization import AnyMatrix, Matrix, QuantizedMatrix, QuantizedRows
 from numbainfer.registry import Operators
 from numbainfer.specs import layer_specs
@@ -52,9 +53,10 @@ class Layer:
 class UploadedWeights:
     """Weights put on a device as they are asked for (checkpoint.Weights)."""
 
-    def __init__(self, ops: Operators, weights: Weights) -> None:
+    def __init__(self, ops: Operators, weights: Weights, progress: Progress | None) -> None:
         self.config, self.name = weights.config, weights.name
         self._ops, self._weights, self._held = ops, weights, list[Any]()
+        self._progress, self._copied = progress or silent, 0  # bytes
 
     def matrix(self, names: Sequence[str]) -> AnyMatrix:
         """See checkpoint.Weights."""
@@ -78,6 +80,8 @@ class UploadedWeights:
     def _hold(self, array: Any, host: np.ndarray) -> Any:
         if array is not host:  # a copy, from the pool
             self._held.append(array)
+            self._copied += host.nbytes
+            self._progress(f"copying to {self._ops.device}", self._copied, max(self._copied, self.nbytes))
         return array
 
     @property
@@ -119,13 +123,14 @@ class Model:
         sequences: int = 1,
         chunk: int | None = None,
         eager: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         self.ops = ops
         self.config = config = weights.config
         self.chunk = min(chunk or ops.backend.CHUNK, max(ctx_size, sequences))  # a token of each sequence fits too
         self.eager = eager
         self.runs_ahead: bool = ops.backend.RUNS_AHEAD  # `greedy` is faster than steps one by one
-        weights = self._weights = UploadedWeights(ops, weights)
+        weights = self._weights = UploadedWeights(ops, weights, progress)
         self.layers = list(_layers(weights))
         self.embedding = weights.matrix(["model.embed_tokens.weight"])
         self.norm = weights.vector(["model.norm.weight"])
