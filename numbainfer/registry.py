@@ -78,7 +78,8 @@ def linear(stream: Any, x: Any, weight: Any, bias: Any, residual: Any, out: Any)
 
     weight Matrix [N, D]: x [T, D] float32. weight QuantizedMatrix [N, D]: x QuantizedRows [T, D] of the same group;
     products of a group, or of parts of one, are summed in int32 exactly, these sums in float32. bias [N] or None;
-    residual [T, N] or None, may be `out`. out [T, N].
+    residual [T, N] or None, may be `out`. out [T, N]. Tensor cores (more than four tokens on a GPU, weights that are
+    not float32) round both sides to float16 instead and sum in float32.
     """
 
 
@@ -148,7 +149,8 @@ def softmax(stream: Any, x: Any, out: Any) -> None:
 def swiglu(stream: Any, gate_up: Any, out: Any) -> None:
     """out = silu(gate) * up, silu(z) = z / (1 + e^-z) (Shazeer 2020).
 
-    gate_up [T, 2 F], gate first; out [T, F], or QuantizedRows [T, F].
+    gate_up [T, 2 F], gate first; out [T, F], or QuantizedRows [T, F]: then gate_up may be left as it is, unwritten, if
+    the product that was to write it came just before.
     """
 
 

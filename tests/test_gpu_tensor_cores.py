@@ -13,7 +13,7 @@ from numbainfer.quantization import QuantizedMatrix, QuantizedRows, dequantize
 pytest.importorskip("numba_cuda", reason="the gpu extra is not installed")
 
 from numbainfer.gpu.half_rows import HalfRows, pack, unpack
-from numbainfer.gpu.linear_mma import choose
+from numbainfer.gpu.mma_plan import choose
 
 TOKENS = [5, 16, 17, 33, 64, 65, 130, 300]  # around the tiles of 16, 32, 64 and 128 tokens
 

@@ -17,8 +17,6 @@ memory, in order, so that results do not change from run to run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from numbainfer.gpu.fragments import gated as gated_rows
 from numbainfer.gpu.half_rows import BLOCK, HalfRows
 from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.memory import DeviceArray
+from numbainfer.gpu.mma_plan import STAGES, Plan, choose
 from numbainfer.gpu.mma_weights import weight_loader
 from numbainfer.gpu.pipeline import (
     barrier_arrive,
@@ -59,11 +58,6 @@ from numbainfer.quantization import AnyMatrix, QuantizedMatrix
 CONSUMERS = 256  # threads: two warpgroups; beside them, a warp that copies
 
 
-def _stages(width: int) -> int:
-    """How many tiles of tokens are in shared memory or on their way."""
-    return 5 if width == 256 else 8
-
-
 @device_function
 def _last(value, limit):
     """value, or limit - 1 where it is beyond."""
@@ -84,7 +78,7 @@ def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Ke
     """kind: of weights. width: tokens of a tile. depth: how many blocks of 64 columns weights are loaded ahead. gated:
     W's rows are gate and up, and the result silu(gate) * up as HalfRows."""
     roomy = subtiles == 2  # more registers than an even share, which sm_90 knows how to deal
-    stages = _stages(width)
+    stages = STAGES
     zero, product, done = zeros(width), multiply(width), finished(width)
     spill_tile, add_tile = spill(width), add_spilled(width)
     store_tile, store_halves = make_store(width), make_store_halves(width, subtiles)
@@ -321,50 +315,6 @@ def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Ke
                         store_tile(acc1, tile, warp, lane, residual, out, first_row + 64, N, first_token, T)
 
     return linear_mma
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The kernel's constants, and how the work is cut."""
-
-    width: int
-    subtiles: int
-    depth: int
-    splits: int
-    tiles: int  # of the result
-
-    @property
-    def shared(self) -> int:
-        """Bytes of dynamic shared memory."""
-        return 1024 + _stages(self.width) * (self.width * 2 * BLOCK + 16) + 2 * store_bytes(self.width) + 16
-
-
-# What a block costs beside its products, in the time of those of 64 columns of 256 rows and 128 tokens: filling the
-# pipeline and storing the tile; where columns are split, leaving partial sums and adding them up; and what products of
-# one subtile cost more, as they wait for each other. Measured on an H100, but for the last.
-TILE_COST, SPLIT_COST, ALONE_COST = 5.0, 5.0, 1.9
-
-
-@cache
-def choose(rows: int, columns: int, tokens: int, gated: bool, multiprocessors: int, wide: bool) -> Plan:
-    """The plan that should take least time. wide: two subtiles are possible (sm_90)."""
-    width = next((w for w in (16, 32, 64) if tokens <= w), 128)
-    blocks = -(-columns // BLOCK)
-    best: tuple[float, Plan] | None = None
-    for subtiles in (1, 2) if wide and width == 128 else (1,):
-        tile_rows = 64 * subtiles if gated else 128 * subtiles
-        tiles = -(-rows // tile_rows) * -(-tokens // width)
-        share = subtiles / 2 * max(width, 64) / 128  # of the time of a whole tile
-        slots = multiprocessors * (2 if width <= 32 else 1)
-        for splits in range(1, max(1, min(16, blocks // 2)) + 1):
-            rounds = -(-tiles * splits // slots)
-            work = -(-blocks // splits) * share * (1 if subtiles == 2 else ALONE_COST)
-            cost = rounds * (work + share * (TILE_COST + (SPLIT_COST * splits if splits > 1 else 0)))
-            depth = {16: 2, 32: 1 if gated else 2, 64: 4, 128: 1}[width]
-            if best is None or cost < best[0] * 0.97:
-                best = cost, Plan(width, subtiles, depth, splits, tiles)
-    assert best is not None
-    return best[1]
 
 
 def linear_mma(
