@@ -17,6 +17,7 @@ from numpy import float32, int32, int64
 from numbainfer.cpu.compile import Kernel, kernel
 from numbainfer.cpu.elementwise import softmax_row
 from numbainfer.cpu.launch import Stream
+from numbainfer.cpu.linear_float import dot_row
 from numbainfer.cpu.linear_int8 import AHEAD, PANEL_KERNELS, ROW_KERNELS, add_outliers, pack_panel, rows_per_task
 from numbainfer.cpu.quantize import check_rows
 from numbainfer.cpu.simd import (
@@ -25,8 +26,6 @@ from numbainfer.cpu.simd import (
     as_floats,
     as_ints,
     fma,
-    get,
-    hsum,
     load,
     local_floats,
     splat,
@@ -173,25 +172,13 @@ def _make_int8_kernels(group: int, planes: int) -> tuple[Kernel, Kernel]:
 _INT8_KERNELS = {(g, planes): _make_int8_kernels(g, planes) for g in GROUPS for planes in (1, 2)}
 
 
-@njit
-def _dot(w, x, width):
-    whole = width // 16 * 16
-    acc = splat(float32(0))
-    for i in range(0, whole, 16):
-        acc = fma(load(w, i), load(x, i), acc)
-    total = hsum(acc)
-    for i in range(whole, width):
-        total += get(w, i) * x[i]
-    return total
-
-
 @kernel
 def _few_float(task, worker, w, x, starts, tokens, gathered, y, rows, width, per_task, parts):
     place, first = task // parts, task % parts * per_task
     at = _expert_of(place, starts) * rows
     x = advance(x, (int64(tokens[place]) if gathered else place) * width)
     for row in range(first, min(rows, first + per_task)):
-        y[place * rows + row] = _dot(advance(w, (at + row) * width), x, width)
+        y[place * rows + row] = dot_row(advance(w, (at + row) * width), x, width)
 
 
 @kernel
@@ -201,7 +188,7 @@ def _many_float(task, worker, w, x, starts, tokens, gathered, y, rows, width, pe
         w_row = advance(w, (expert * rows + row) * width)
         for place in range(starts[expert], starts[expert + 1]):
             source = int64(tokens[place]) if gathered else place
-            y[place * rows + row] = _dot(w_row, advance(x, source * width), width)
+            y[place * rows + row] = dot_row(w_row, advance(x, source * width), width)
 
 
 def linear_experts(

@@ -467,12 +467,17 @@ def count_up(builder: Any, pointer: Any, index: Any) -> None:
     builder.atomic_rmw("add", builder.gep(pointer, [index]), ir.Constant(_i32, 1), "monotonic")
 
 
-@_define(types.void, _P8, types.int64)
-def prefetch(builder: Any, pointer: Any, index: Any) -> None:
+@intrinsic
+def prefetch(typingctx, pointer, index):
     """Asks for the cache line of pointer[index] in the second-level cache; an address past the end is harmless."""
-    pointer = builder.gep(pointer, [index])
-    read, locality, data = (ir.Constant(_i32, v) for v in (0, 2, 1))
-    _call_void(builder, "llvm.prefetch.p0", pointer, read, locality, data)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = builder.bitcast(builder.gep(args[0], [args[1]]), _i8.as_pointer())
+        read, locality, data = (ir.Constant(_i32, v) for v in (0, 2, 1))
+        _call_void(builder, "llvm.prefetch.p0", address, read, locality, data)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64), codegen
 
 
 def _call_void(builder: Any, name: str, *args: Any) -> None:
