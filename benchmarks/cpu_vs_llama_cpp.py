@@ -1,6 +1,6 @@
 """numbainfer beside llama.cpp on the same cores: same shape, random weights, int8 here and Q8_0 there.
 
-    pip install . llama-cpp-python
+    pip install ".[llama-cpp]"
     python benchmarks/cpu_vs_llama_cpp.py --model llama-3.2-1b
 
 llama.cpp's model is written as a GGUF into a temporary directory.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import llvmlite.binding as llvm
 import pytest
+from llvmlite import ir
 
+from numbainfer.cpu import dot
 from numbainfer.cpu.isa import detect
+from numbainfer.cpu.simd import I8x64, I32x16
 
 # What differs by path: the int8 dot product (rows and tiles), float16 both ways, and the functions of vectors
 # (fused multiply-add, rounding, e^x), which LLVM may turn into calls where there is no instruction.
@@ -69,6 +73,35 @@ def test_avx2(path: str) -> None:
         f"{'+' if present and not name.startswith(hidden) else '-'}{name}" for name, present in sorted(features.items())
     )
     passes(path, llvm.get_host_cpu_name(), ",".join(without))
+
+
+@pytest.mark.parametrize(
+    ("path", "triple", "features", "instruction", "count"),
+    [
+        ("avx512_vnni", "x86_64-unknown-linux-gnu", "+avx512f,+avx512bw,+avx512vl,+avx512vnni", "vpdpbusd", 1),
+        ("avx_vnni", "x86_64-unknown-linux-gnu", "+avx2,+fma,+f16c,+avxvnni", "vpdpbusd", 2),
+        ("avx2", "x86_64-unknown-linux-gnu", "+avx2,+fma,+f16c", "vpmaddubsw", 2),
+        ("neon_dot", "aarch64-unknown-linux-gnu", "+neon,+dotprod", "sdot", 4),
+        ("generic", "riscv64-unknown-linux-gnu", "+m,+f,+d", "mul", 64),
+    ],
+)
+def test_the_dot_product_compiles_for_its_instruction_set(
+    path: str, triple: str, features: str, instruction: str, count: int
+) -> None:
+    """On any machine: the int8 dot product of 64 bytes is so many of its path's instructions."""
+    module = ir.Module()
+    module.triple = triple
+    pointers = [kind.llvm.as_pointer() for kind in (I32x16, I8x64, I8x64)]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), pointers), "dot")
+    builder = ir.IRBuilder(function.append_basic_block())
+    acc, w, x = (builder.load(pointer) for pointer in function.args)
+    builder.store(dot._DOTS[path](builder, acc, w, x), function.args[0])
+    builder.ret_void()
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(triple).create_target_machine(features=features)
+    code = machine.emit_assembly(llvm.parse_assembly(str(module)))
+    assert len(re.findall(rf"^\s+(?:{{vex}}\s+)?{instruction}w?\s", code, re.MULTILINE)) == count
 
 
 def test_the_path_is_the_best_that_the_machine_has() -> None:
