@@ -359,6 +359,7 @@ def test_editing_a_line(endless: Path) -> None:
     time.sleep(0.2)
     terminal.type("\r")
     terminal.until("another reply to the last message")
+    terminal.until("> ")  # before, the end of input would meet no one
     terminal.type("\x04")
     assert terminal.end() == 0
     again = Terminal("run", endless, "-n", 2, *GREEDY)  # the history is still there

@@ -149,6 +149,8 @@ def test_python_runs(page: Path, playground: Path, monkeypatch: pytest.MonkeyPat
     namespace: dict[str, object] = {"__name__": "__main__"}
     for language, start, code in blocks(page):
         if language == "python":
+            if "numbainfer.gpu" in code:
+                pytest.importorskip("numba_cuda", reason="the gpu extra is not installed")
             source = "\n" * (start - 1) + code  # so that a traceback names the page's lines
             exec(builtins.compile(source, name_of(page), "exec"), namespace)
 
