@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -100,24 +101,49 @@ def _signals_that_unwind() -> Iterator[None]:
     changed = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         changed[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
+    usual, sys.unraisablehook = sys.unraisablehook, _hear_again
     try:
         yield
     finally:
+        if time.monotonic() - _interrupted_at > 1:  # else the process ends, and what unwinds may be finalized still
+            sys.unraisablehook = usual
         for number, before in changed.items():
             signal.signal(number, before)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C: KeyboardInterrupt, but a moment later where Python would print and forget it: in finalizers, and in
-    the callback that importing a module leaves behind."""
-    inner = frame
-    while inner is not None:
-        code = inner.f_code
-        if code.co_name == "__del__" or (code.co_name == "cb" and "importlib" in code.co_filename):
-            threading.Timer(0.01, signal.raise_signal, (number,)).start()
+    """Ctrl-C: KeyboardInterrupt, but not within an import: modules written in C print it, or make it an ImportError."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            _raise_later(number)
             return
-        inner = inner.f_back
+        frame = frame.f_back
+    global _interrupted_at  # noqa: PLW0603
+    _interrupted_at = time.monotonic()
     raise KeyboardInterrupt
+
+
+_interrupted_at = -1.0
+"""When Ctrl-C last unwound something: what was half made then fails to be finalized, which tells no one anything."""
+
+
+def _raise_later(number: int) -> None:
+    threading.Timer(0.01, signal.raise_signal, (number,)).start()
+
+
+def _hear_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python prints and forgets what is raised in finalizers, in callbacks of weak references (importing a module
+    leaves some behind) and in those from C. Ctrl-C and `kill` that fell there are heard a moment later instead."""
+    error = unraisable.exc_value
+    number: int | None = None
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.SIGINT
+    elif isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
+        number = error.code - 128
+    if number is not None:
+        _raise_later(number)
+    elif time.monotonic() - _interrupted_at > 1:
+        sys.__unraisablehook__(unraisable)
 
 
 def _fail(message: str, code: int) -> int:
