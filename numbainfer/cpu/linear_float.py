@@ -11,7 +11,7 @@ from numpy import float32
 
 from numbainfer.cpu.compile import kernel
 from numbainfer.cpu.launch import Stream
-from numbainfer.cpu.linear_int8 import linear_int8, rows_per_task
+from numbainfer.cpu.linear_int8 import finish, linear_int8, rows_per_task
 from numbainfer.cpu.simd import advance, fma, get, hsum, load, prefetch, splat
 from numbainfer.quantization import Matrix, QuantizedMatrix, QuantizedRows
 
@@ -61,22 +61,12 @@ def _dot4(w, x0, x1, x2, x3, width):
     return t0, t1, t2, t3
 
 
-@njit
-def _finish(value, row, at, bias, residual, flags, y):
-    """y[at] = value + bias[row] + residual[at], where flags say so."""
-    if flags & 1:
-        value += bias[row]
-    if flags & 2:
-        value += residual[at]
-    y[at] = value
-
-
 @kernel
 def _linear(task, worker, w, x, bias, residual, flags, y, rows, width, per_task, tokens):
     begin, end, last = task * per_task, min(rows, (task + 1) * per_task), tokens - 1
     if tokens == 1:
         for row in range(begin, end):
-            _finish(dot_row(advance(w, row * width), x, width), row, row, bias, residual, flags, y)
+            finish(dot_row(advance(w, row * width), x, width), row, row, bias, residual, flags, y)
         return
     for first in range(0, tokens, 4):  # a token past the end repeats the last, and its result is dropped
         x0 = advance(x, first * width)
@@ -86,7 +76,7 @@ def _linear(task, worker, w, x, bias, residual, flags, y, rows, width, per_task,
         for row in range(begin, end):
             values = _dot4(advance(w, row * width), x0, x1, x2, x3, width)
             for j in range(min(4, tokens - first)):
-                _finish(values[j], row, (first + j) * rows + row, bias, residual, flags, y)
+                finish(values[j], row, (first + j) * rows + row, bias, residual, flags, y)
 
 
 def linear(

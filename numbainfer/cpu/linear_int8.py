@@ -73,6 +73,16 @@ AHEAD = 8192  # bytes of prefetch distance
 ROW_FORM_TOKENS = 4
 
 
+@njit
+def finish(value, row, at, bias, residual, flags, y):
+    """y[at] = value + bias[row] + residual[at], where flags say so."""
+    if flags & 1:
+        value += bias[row]
+    if flags & 2:
+        value += residual[at]
+    y[at] = value
+
+
 def _make_row_kernel(group: int) -> tuple[Kernel, Any]:
     """The row form, and the product of one row with one token."""
 
@@ -133,11 +143,7 @@ def _make_row_kernel(group: int) -> tuple[Kernel, Any]:
                 readable = min(rows - row, 5) * groups
                 numbers, totals = advance(xs, t * groups), advance(sums, t * groups)
                 value = dot_row(w_row, ahead, ws_row, token, low, numbers, totals, width, factors, readable)
-                if flags & 1:
-                    value += bias[row]
-                if flags & 2:
-                    value += residual[at]
-                y[at] = value
+                finish(value, row, at, bias, residual, flags, y)
 
     return gemv, dot_row
 
@@ -186,7 +192,7 @@ def add_outliers(row, panel, scales, group, codes, low, xs, outliers):
 
 
 @njit
-def _finish(row, valid, bias, residual, flags, y):
+def _finish_row(row, valid, bias, residual, flags, y):
     """y[valid] = row + bias + residual, where flags say so."""
     if valid == TILE_ROWS:
         for r in range(0, TILE_ROWS, 16):
@@ -198,12 +204,7 @@ def _finish(row, valid, bias, residual, flags, y):
             store(y, r, value)
         return
     for r in range(valid):
-        one = row[r]
-        if flags & 1:
-            one += bias[r]
-        if flags & 2:
-            one += residual[r]
-        y[r] = one
+        finish(row[r], r, r, bias, residual, flags, y)
 
 
 def _make_panel_kernel(group: int, planes: int) -> tuple[Kernel, Any]:
@@ -256,7 +257,7 @@ def _make_panel_kernel(group: int, planes: int) -> tuple[Kernel, Any]:
                 codes, blocks = advance(x_tile, j * 2 * low), advance(outliers, (token + j) * found)
                 if planes == 1 and blocks[0]:
                     add_outliers(row, panel, scales, group, codes, low, advance(numbers, j * groups), blocks)
-                _finish(row, valid, advance(bias, first), advance(residual, at), flags, advance(y, at))
+                _finish_row(row, valid, advance(bias, first), advance(residual, at), flags, advance(y, at))
 
     return gemm, tile_product
 
