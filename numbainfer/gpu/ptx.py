@@ -348,6 +348,25 @@ def pack_halves(first, second):
     """Two numbers as float16 in a word, the first in its lower half: to nearest even, saturated at 65504."""
 
 
+@instruction("cvt.rn.f16x2.f32 $0, $2, $1;", i32, f32, f32, effects=False)
+def round_halves(first, second):
+    """The same, not saturated."""
+
+
+# --- tensor cores ------------------------------------------------------------------------------------------------
+
+
+@instruction(
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+    "{$10, $11, $12, $13};",
+    *(_f32x4, i32, i32, i32, i32, i32, i32, f32, f32, f32, f32),
+    effects=False,
+)
+def multiply_16x8x16(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
+    """c + a @ b of float16 matrices 16 x 16 and 16 x 8, in the registers of a warp: PTX ISA, "matrix fragments for
+    mma.m16n8k16"."""
+
+
 # --- between blocks and kernels ----------------------------------------------------------------------------------
 
 
