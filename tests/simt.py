@@ -56,10 +56,19 @@ class Block:
         self.arrays: dict[Any, np.ndarray] = {}
         self.lock = threading.Lock()
         self.barrier = threading.Barrier(threads)
-        self.warps = [(threading.Barrier(32), [None] * 32) for _ in range(threads // 32)]
+        self.warps = [(threading.Barrier(32), ([None] * 32, [None] * 32)) for _ in range(threads // 32)]
 
 
 _here = threading.local()
+
+
+def _exchange(value: Any) -> list:
+    """The values of a warp's 32 lanes, once all have come."""
+    barrier, slots = _here.block.warps[_here.thread // 32]
+    _here.turn ^= 1  # the other slots may still be read
+    slots[_here.turn][_here.thread % 32] = value
+    barrier.wait(TIMEOUT)
+    return slots[_here.turn]
 
 
 class _Shared:
@@ -97,12 +106,10 @@ class _Cuda:
         pass
 
     def shfl_xor_sync(self, mask: int, value: Any, step: int) -> Any:
-        barrier, slots = _here.block.warps[_here.thread // 32]
-        slots[_here.thread % 32] = value
-        barrier.wait(TIMEOUT)
-        got = slots[_here.thread % 32 ^ int(step)]
-        barrier.wait(TIMEOUT)
-        return got
+        return _exchange(value)[_here.thread % 32 ^ int(step)]
+
+    def shfl_sync(self, mask: int, value: Any, lane: int) -> Any:
+        return _exchange(value)[int(lane) % 32]
 
 
 def _global(address: int, count: int, dtype: Any) -> np.ndarray:
@@ -144,6 +151,32 @@ def _dp4a(a: Any, b: Any, c: Any) -> Any:
     return np.int64(c + (a * b).sum())
 
 
+def _halves(*words: Any) -> np.ndarray:
+    """The float16 pairs in some words, low halves first, as float64."""
+    return np.array([int(word) & 0xFFFFFFFF for word in words], np.uint32).view(np.float16).astype(np.float64)
+
+
+def _pack(first: Any, second: Any) -> Any:
+    return np.array([first, second], np.float32).astype(np.float16).view(np.int32)[0]
+
+
+def _permute(a: Any, b: Any, selector: Any) -> Any:
+    eight = np.array([int(a) & 0xFFFFFFFF, int(b) & 0xFFFFFFFF], np.uint32).view(np.uint8)
+    return eight[[int(selector) >> 4 * i & 7 for i in range(4)]].view(np.int32)[0]
+
+
+def _multiply_16x8x16(*operands: Any) -> tuple:
+    """Where a lane (4 g + t) has what, is in PTX ISA, "matrix fragments for mma.m16n8k16"."""
+    lanes = _exchange(operands[:6])
+    g, t = divmod(_here.thread % 32, 4)
+    out = np.array(operands[6:], np.float64).reshape(2, 2)
+    # Row g, then row g + 8; columns 0 to 7, then 8 to 15. Columns of b: 2t and 2t + 1.
+    a = [_halves(*(lanes[4 * g + i][r + 2 * half] for half in (0, 1) for i in range(4))) for r in (0, 1)]
+    b = [_halves(*(lanes[4 * (2 * t + c) + i][4 + half] for half in (0, 1) for i in range(4))) for c in (0, 1)]
+    out += np.array(a) @ np.array(b).T
+    return tuple(out.astype(np.float32).reshape(4))
+
+
 _INSTRUCTIONS: dict[str, Callable] = {
     "address": lambda pointer: pointer.address,
     "advance": lambda pointer, count: Pointer(pointer.array, pointer.offset + int(count)),
@@ -163,6 +196,11 @@ _INSTRUCTIONS: dict[str, Callable] = {
     "copy_async_4": _copy_async(4),
     "copy_async_commit": lambda: None,
     "dp4a": _dp4a,
+    "multiply_16x8x16": _multiply_16x8x16,
+    "permute": _permute,
+    "pack_halves": lambda a, b: _pack(*np.clip(np.array([a, b], np.float32), -65504, 65504)),
+    "round_halves": _pack,
+    "do_not_unroll": lambda: None,
     "half_to_float": lambda bits: np.array([bits], np.uint16).view(np.float16).astype(np.float32)[0],
     "halves_to_floats": lambda bits: tuple(np.array([bits], np.int32).view(np.float16).astype(np.float32)),
     "float_to_half": lambda value: np.float32(value).astype(np.float16).view(np.uint16),
@@ -211,7 +249,7 @@ def launch(kernel: Kernel, grid: tuple, *arguments: Any, shared: int = 0) -> Non
     failures: list[BaseException] = []
 
     def thread(block: Block, index: int) -> None:
-        _here.block, _here.thread = block, index
+        _here.block, _here.thread, _here.turn = block, index, 0
         try:
             with np.errstate(all="ignore"):
                 body(*pointers)

@@ -11,8 +11,8 @@ import reference
 import simt
 from machine import assert_within, normal
 
-from numbainfer.gpu.attention_decode import Plan as AttentionPlan
-from numbainfer.gpu.attention_decode import _decode
+from numbainfer.gpu.attention_core import Layout
+from numbainfer.gpu.attention_decode import WARPS, _decode
 
 PAGE = 64
 
@@ -48,7 +48,7 @@ def test_attention_of_one_token(head_dim: int, shared: int, position: int, windo
     first = max(0, position + 1 - window) if window else 0
     expected = reference.attention(q, [keys[first:]], [values[first:]], [0], [position - first])
 
-    plan, shift = AttentionPlan(head_dim, shared), 1
+    plan, shift = Layout(head_dim, shared, WARPS), 1
     out = np.full((1, heads * head_dim), np.nan, np.float32)
     parts, statistics = np.zeros((2, shared * head_dim), np.float32), np.zeros((2, shared * 2), np.float32)
     counters, k_bits, v_bits = np.zeros(1, np.int32), k_pages.view(np.uint16), v_pages.view(np.uint16)

@@ -26,6 +26,7 @@ from numpy import float32, int32, int64
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.ptx import (
     address,
+    do_not_unroll,
     exp2,
     halves_to_floats,
     load_i32x4,
@@ -34,6 +35,7 @@ from numbainfer.gpu.ptx import (
     permute,
     round_halves,
     shared_f32,
+    shared_f32x4,
     shared_i32x4,
     shared_store_f32,
     shared_store_i32,
@@ -42,7 +44,7 @@ from numbainfer.gpu.reduce import warp_max, warp_sum
 from numbainfer.gpu.rope import PAGE, as_stored
 
 KEYS = 16  # that a warp takes at a time
-NOTHING = -1e30  # the score of a key that is not seen
+NOTHING = -1e30  # the largest score of a piece that saw no key
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,13 @@ class Layout:
 
     @property
     def row(self) -> int:
-        """Bytes of a query's row in a plane. 16 words more than it needs: the rows of 8 lanes meet in no bank."""
-        return 4 * (self.head_dim // 2 + 16)
+        """Bytes of a row of `queries`. 16 words more than it needs: the rows of 8 lanes meet in no bank."""
+        return 4 * (self.head_dim + 16)
 
     @property
     def queries(self) -> int:
-        """Two planes, high and low, of 8 rows: the query heads times a factor, as pairs of float16; zeros follow."""
+        """8 rows, of the query heads times a factor and then of zeros, as words of two float16: of each 16 columns what
+        lanes t = 0 to 3 take, high and low part of their first word, then of their second."""
         return 4 * (self.shared + 2) * self.head_dim
 
     @property
@@ -80,7 +83,7 @@ class Layout:
     @property
     def values(self) -> int:
         """float32 [piece, head, d + 4]: sums of values, by position."""
-        return self.queries + 2 * 8 * self.row
+        return self.queries + 8 * self.row
 
     @property
     def tops(self) -> int:
@@ -118,34 +121,33 @@ class Core(NamedTuple):
 def make_core(head_dim: int, shared: int, warps: int) -> Core:
     """The functions for heads of head_dim and blocks of that many query heads and warps."""
     plan = Layout(head_dim, shared, warps)
-    at_queries, row_bytes, plane = plan.queries, plan.row, 8 * plan.row
+    at_queries, row_bytes = plan.queries, plan.row
     at_values, piece_bytes = plan.values, plan.piece
     at_tops, at_totals, at_summary = plan.tops, plan.totals, plan.summary
     at_key, at_value = 4 * shared * head_dim, 4 * (shared + 1) * head_dim
     loads, halves = head_dim // 32, head_dim // 64  # of 16 bytes: a lane's of a key; of a value's 64 dimensions
     tiles, sums = head_dim // 16, head_dim // 4
+    most, shift = int32(8 * head_dim // 2), head_dim.bit_length() - 2  # words of a plane, of a row as a power of 2
 
     @device_function
-    def page_offset(table, kv_heads, g, key):
-        """Bytes from the pages' start to the page that has a key of this head."""
-        return (int64(table[key >> 6]) * kv_heads + g) * (2 * PAGE * head_dim)
-
-    @device_function
-    def fetch_keys(k, k_pages, offset, base, end, lane):
-        """Keys base + g and base + 8 + g: of each 32 dimensions the lane's 8."""
+    def fetch_keys(k, k_pages, page, base, end, lane):
+        """Keys base + g and base + 8 + g: of each 32 dimensions the lane's 8. page: its number times kv_heads, plus the
+        head's."""
+        start = address(k_pages) + int64(page) * (2 * PAGE * head_dim)
         for n in range(2):
             key = min(int32(base + 8 * n + (lane >> 2)), int32(end - 1)) & 63
-            at = address(k_pages) + offset + int32(2 * head_dim * key + 16 * (lane & 3))
+            at = start + int32(2 * head_dim * key + 16 * (lane & 3))
             for i in range(loads):
                 j = 4 * (2 * i + n)
                 k[j], k[j + 1], k[j + 2], k[j + 3] = load_i32x4(at + 64 * i)
 
     @device_function
-    def fetch_values(v, v_pages, offset, base, end, lane):
+    def fetch_values(v, v_pages, page, base, end, lane):
         """Values of the keys base + 2t, 2t + 1, 2t + 8, 2t + 9: of each 64 dimensions the lane's 8."""
+        start = address(v_pages) + int64(page) * (2 * PAGE * head_dim)
         for r in range(4):
             key = min(int32(base + 2 * (lane & 3) + (r & 1) + 8 * (r >> 1)), int32(end - 1)) & 63
-            at = address(v_pages) + offset + int32(2 * head_dim * key + 16 * (lane >> 2))
+            at = start + int32(2 * head_dim * key + 16 * (lane >> 2))
             for i in range(halves):
                 j = 4 * (4 * i + r)
                 v[j], v[j + 1], v[j + 2], v[j + 3] = load_i32x4(at + 128 * i)
@@ -154,26 +156,29 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
     def fetch(k, v, k_pages, v_pages, table, kv_heads, g, base, end, lane):
         """The lane's part of the 16 keys from `base`, a multiple of 16, and of their values; k, v: int32 [d / 4]. A key
         past the last, end - 1, repeats it: what stands behind it in the page may be NaN."""
-        offset = page_offset(table, kv_heads, g, base)
-        fetch_keys(k, k_pages, offset, base, end, lane)
-        fetch_values(v, v_pages, offset, base, end, lane)
+        page = int32(table[int32(base) >> 6] * kv_heads + g)
+        fetch_keys(k, k_pages, page, base, end, lane)
+        fetch_values(v, v_pages, page, base, end, lane)
 
     @device_function
     def prepare(memory, factor, thread, threads):
-        """All threads of the block: the raw queries times a factor, to the planes. Between two barriers."""
+        """All threads of the block: the raw queries times a factor, to `queries`. Between two barriers."""
         i = int32(thread)
-        while i < 4 * head_dim:
-            h, word = i // (head_dim // 2), i % (head_dim // 2)
-            a, b = float32(0), float32(0)
-            if h < shared:
-                at = memory + 4 * head_dim * h + 8 * word
-                a, b = shared_f32(at) * factor, shared_f32(at + 4) * factor
+        while i < most:
+            do_not_unroll()
+            h, word = int32(i >> shift), int32(i & (head_dim // 2 - 1))
+            at = memory + 4 * head_dim * min(h, int32(shared - 1)) + 8 * word
+            a, b = shared_f32(at) * factor, shared_f32(at + 4) * factor
+            if h >= shared:
+                a, b = float32(0), float32(0)
             high = pack_halves(a, b)
             c, d = halves_to_floats(high)
-            at = memory + at_queries + row_bytes * h + 4 * word
+            # The word is number word % 4 of the 16 bytes that lane t = word / 4 % 4 has of 32 columns.
+            place = (word >> 4 << 5) + ((word & 2) << 3) + ((word & 12) + 2 * (word & 1))
+            at = memory + at_queries + row_bytes * h + 4 * place
             shared_store_i32(at, high)
-            shared_store_i32(at + plane, pack_halves(a - c, b - d))
-            i += int32(threads)
+            shared_store_i32(at + 4, pack_halves(a - c, b - d))
+            i = int32(i + threads)
 
     @device_function
     def attend(memory, k, v, k_pages, v_pages, table, kv_heads, g, base, end, lowest, warp, lane):
@@ -187,29 +192,28 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
             acc[i] = float32(0)
         top, total = float32(NOTHING), float32(0)  # of head g; total: of this lane's keys
         while base < end:
+            do_not_unroll()
             following = int32(base + 16 * warps)
-            offset = int64(0)
+            page = int32(0)
             if following < end:
-                offset = page_offset(table, kv_heads, g, following)
+                page = int32(table[following >> 6] * kv_heads + g)
             for i in range(8):
                 scores[i] = float32(0)
-            for i in range(loads):
-                h0, h1, h2, h3 = shared_i32x4(queries + 64 * i)
-                l0, l1, l2, l3 = shared_i32x4(queries + 64 * i + plane)
+            for i in range(2 * loads):
+                a0, a1, a2, a3 = shared_i32x4(queries + 64 * i)
                 for n in range(2):
-                    j = 4 * (2 * i + n)
-                    s0, s1, s2, s3 = scores[4 * n], scores[4 * n + 1], scores[4 * n + 2], scores[4 * n + 3]
-                    s0, s1, s2, s3 = multiply_16x8x16(h0, l0, h1, l1, k[j], k[j + 1], s0, s1, s2, s3)
-                    s0, s1, s2, s3 = multiply_16x8x16(h2, l2, h3, l3, k[j + 2], k[j + 3], s0, s1, s2, s3)
-                    scores[4 * n], scores[4 * n + 1], scores[4 * n + 2], scores[4 * n + 3] = s0, s1, s2, s3
+                    j, m = 4 * (2 * (i >> 1) + n) + 2 * (i & 1), 4 * n
+                    scores[m], scores[m + 1], scores[m + 2], scores[m + 3] = multiply_16x8x16(
+                        *(a0, a1, a2, a3, k[j], k[j + 1]), scores[m], scores[m + 1], scores[m + 2], scores[m + 3]
+                    )
             if following < end:
-                fetch_keys(k, k_pages, offset, following, end, lane)
+                fetch_keys(k, k_pages, page, following, end, lane)
             # Head g, keys 2t, 2t + 1, 2t + 8, 2t + 9: high and low parts together, and what is not seen.
             larger = top
             for i in range(4):
                 j = 4 * (i >> 1) + (i & 1)
                 key = int32(base + 2 * t + (i & 1) + 8 * (i >> 1))
-                scores[i] = scores[j] + scores[j + 2] if key < end and key >= lowest else float32(NOTHING)
+                scores[i] = scores[j] + scores[j + 2] if key < end and key >= lowest else float32(2 * NOTHING)
                 larger = max(larger, scores[i])
             larger = max(larger, cuda.shfl_xor_sync(0xFFFFFFFF, larger, 1))
             larger = max(larger, cuda.shfl_xor_sync(0xFFFFFFFF, larger, 2))
@@ -217,9 +221,8 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
             top = larger
             total *= decay
             for i in range(4):
-                weight = exp2(scores[i] - larger) if scores[i] > float32(NOTHING / 10) else float32(0)
-                scores[i] = weight
-                total += weight
+                scores[i] = exp2(scores[i] - larger)  # 0 of what is not seen, even if nothing was so far
+                total += scores[i]
             b0, b1 = round_halves(scores[0], scores[1]), round_halves(scores[2], scores[3])
             c, d = halves_to_floats(b0)
             low0 = round_halves(scores[0] - c, scores[1] - d)
@@ -237,7 +240,7 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
                 c0, c1, c2, c3 = multiply_16x8x16(a0, a1, a2, a3, low0, low1, c0, c1, c2, c3)
                 acc[m], acc[m + 1], acc[m + 2], acc[m + 3] = c0, c1, c2, c3
             if following < end:
-                fetch_values(v, v_pages, offset, following, end, lane)
+                fetch_values(v, v_pages, page, following, end, lane)
             base = following
         total += cuda.shfl_xor_sync(0xFFFFFFFF, total, 1)
         total += cuda.shfl_xor_sync(0xFFFFFFFF, total, 2)
@@ -280,8 +283,7 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
         largest = warp_max(top)
         factor = exp2(top - largest)
         weights = warp_sum(factor * shared_f32(at + at_totals) if inside else float32(0))
-        if inside:
-            shared_store_f32(at + at_tops, factor)
+        shared_store_f32(at + at_tops, factor if inside else float32(0))
         if lane == 0:
             shared_store_f32(memory + at_summary + 8 * h, largest)
             shared_store_f32(memory + at_summary + 8 * h + 4, weights)
@@ -291,12 +293,14 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
         """What the pieces have at a position of head h, all together; not divided by the sum of weights yet."""
         factors = int32(memory + at_tops + 128 * h)
         values = int32(memory + at_values + piece_bytes * h + 4 * position)
+        last, at = int32(values + piece_bytes * shared * (pieces - 1)), values
         value = float32(0)
-        stop = int32(factors + 4 * pieces)
-        while factors < stop:
-            value += shared_f32(factors) * shared_f32(values)
-            factors += int32(4)
-            values += int32(piece_bytes * shared)
+        while at <= last:
+            do_not_unroll()
+            four = shared_f32x4(factors)  # zeros after the last piece's
+            for i in range(4):
+                value += four[i] * shared_f32(min(int32(at + piece_bytes * shared * i), last))
+            factors, at = int32(factors + 16), int32(at + 4 * piece_bytes * shared)
         return value
 
     @device_function

@@ -320,6 +320,14 @@ def permute(a, b, selector):
     """Four bytes chosen out of the eight of a (0 to 3) and b (4 to 7), one per hexadecimal digit of the selector."""
 
 
+# --- for the compiler --------------------------------------------------------------------------------------------
+
+
+@instruction(r".pragma \22nounroll\22;", types.void)
+def do_not_unroll():
+    """First in a loop's body: it is to stay a loop. Copies of it would fill the instruction cache."""
+
+
 # --- pairs of float16 --------------------------------------------------------------------------------------------
 
 
