@@ -200,7 +200,7 @@ _INSTRUCTIONS: dict[str, Callable] = {
     "permute": _permute,
     "pack_halves": lambda a, b: _pack(*np.clip(np.array([a, b], np.float32), -65504, 65504)),
     "round_halves": _pack,
-    "do_not_unroll": lambda: None,
+    "still": lambda i: i,
     "half_to_float": lambda bits: np.array([bits], np.uint16).view(np.float16).astype(np.float32)[0],
     "halves_to_floats": lambda bits: tuple(np.array([bits], np.int32).view(np.float16).astype(np.float32)),
     "float_to_half": lambda value: np.float32(value).astype(np.float16).view(np.uint16),

@@ -10,23 +10,56 @@ pytest.importorskip("numba_cuda", reason="the gpu extra is not installed")
 import reference
 import simt
 from machine import assert_within, normal
+from numba import cuda
+from numpy import float32, int32
 
-from numbainfer.gpu.attention_core import Layout
+from numbainfer.gpu.attention_core import Layout, make_core
 from numbainfer.gpu.attention_decode import WARPS, _decode
+from numbainfer.gpu.compile import Kernel, kernel
+from numbainfer.gpu.ptx import shared_address, shared_f32, shared_store_f32
 
 PAGE = 64
+LOG2_E = float(np.log2(np.e))
+
+
+def pages_of(keys: int, kv_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pages of that many keys, in a random order, and of their values; NaN behind the last key. And the order."""
+    pages = keys // PAGE + 1
+    rng = np.random.default_rng(keys)
+    order = rng.permutation(pages).astype(np.int32)
+    k_pages, v_pages = (rng.standard_normal((pages, kv_heads, PAGE, head_dim)).astype(np.float16) for _ in range(2))
+    for each in k_pages, v_pages:
+        each[order[-1], :, keys % PAGE :] = np.nan
+    return k_pages, v_pages, order
+
+
+def in_order(pages: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """[keys, kv_heads, d] of pages."""
+    return pages[order].transpose(0, 2, 1, 3).reshape(-1, pages.shape[1], pages.shape[3]).astype(np.float64)
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "shared", "position", "window", "fused"),
-    [(64, 2, 600, 0, True), (128, 1, 299, 90, True)],
+    ("head_dim", "kv_heads", "shared", "position", "window", "fused", "active"),
+    [
+        (64, 1, 4, 600, 0, True, 2),
+        (64, 1, 3, 519, 0, False, 2),
+        (64, 1, 8, 150, 0, True, 1),
+        (64, 2, 1, 70, 17, False, 1),
+        (128, 1, 1, 299, 90, True, 1),
+        (128, 1, 4, 300, 0, False, 2),
+        (128, 1, 8, 270, 200, True, 2),
+        (64, 2, 3, 0, 0, True, 1),
+        (64, 1, 7, 5, 0, True, 1),
+        (128, 2, 3, 0, 0, False, 1),
+        (128, 1, 4, 5, 3, False, 1),
+    ],
 )
-def test_attention_of_one_token(head_dim: int, shared: int, position: int, window: int, fused: bool) -> None:
-    """With RoPE, norms and the store in the same kernel (fused) or without; keys in one part and in several."""
-    kv_heads, heads, pages = 1, shared, position // PAGE + 1
-    rng = np.random.default_rng(position)
-    order = rng.permutation(pages).astype(np.int32)
-    k_pages, v_pages = (rng.standard_normal((pages, kv_heads, PAGE, head_dim)).astype(np.float16) for _ in range(2))
+def test_attention_of_one_token(
+    head_dim: int, kv_heads: int, shared: int, position: int, window: int, fused: bool, active: int
+) -> None:
+    """With RoPE, norms and the store in the same kernel (fused) or without; in as many parts as `active` says."""
+    heads = kv_heads * shared
+    k_pages, v_pages, order = pages_of(position if fused else position + 1, kv_heads, head_dim)
     qkv = normal(1, 1, (heads + 2 * kv_heads) * head_dim)
     q_norm, k_norm = 1 + 0.1 * normal(2, head_dim), 1 + 0.1 * normal(3, head_dim)
     frequencies = reference.rope_inv_freq(head_dim, 1e4)
@@ -34,34 +67,95 @@ def test_attention_of_one_token(head_dim: int, shared: int, position: int, windo
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
     rows = qkv.reshape(1, -1, head_dim)
-    q, k, v = rows[:, :heads], rows[:, heads : heads + 1], rows[:, heads + 1 :]
+    q, k, v = rows[:, :heads], rows[:, heads : heads + kv_heads], rows[:, heads + kv_heads :]
+    keys, values = (in_order(pages, order)[: position + 1] for pages in (k_pages, v_pages))
     if fused:
         q, k = (
             reference.rope(reference.rmsnorm(x, w, 1e-5), [position], frequencies)
             for x, w in ((q, q_norm), (k, k_norm))
         )
-    keys, values = (
-        p[order].transpose(0, 2, 1, 3).reshape(-1, kv_heads, head_dim).astype(np.float64) for p in (k_pages, v_pages)
-    )
-    if fused:
         keys[position], values[position] = k[0].astype(np.float16), v[0].astype(np.float16)
     first = max(0, position + 1 - window) if window else 0
     expected = reference.attention(q, [keys[first:]], [values[first:]], [0], [position - first])
 
-    plan, shift = Layout(head_dim, shared, WARPS), 1
+    layout, shift = Layout(head_dim, shared, WARPS), 1
     out = np.full((1, heads * head_dim), np.nan, np.float32)
-    parts, statistics = np.zeros((2, shared * head_dim), np.float32), np.zeros((2, shared * 2), np.float32)
-    counters, k_bits, v_bits = np.zeros(1, np.int32), k_pages.view(np.uint16), v_pages.view(np.uint16)
+    parts = np.full((kv_heads, 2, shared * head_dim), np.nan, np.float32)
+    statistics = np.full((kv_heads, 2, shared * 2), np.nan, np.float32)
+    counters, k_bits, v_bits = np.zeros(kv_heads, np.int32), k_pages.view(np.uint16), v_pages.view(np.uint16)
     simt.launch(
         _decode(head_dim, shared, fused),
-        *((2, 1, 1), qkv, heads, kv_heads, 1, head_dim**-0.5, window, q_norm, k_norm, 1, 1e-5),
+        *((2, 1, kv_heads), qkv, heads, kv_heads, 1, head_dim**-0.5, window, q_norm, k_norm, 1, 1e-5),
         *(np.array([position], np.int32), np.array([0], np.int32), cos, sin, head_dim // 2),
-        *(k_bits, v_bits, order, pages, shift, parts, statistics, counters, out),
-        shared=plan.nbytes,
+        *(k_bits, v_bits, order, order.size, shift, parts, statistics, counters, out),
+        shared=layout.nbytes,
     )
     assert_within(out.reshape(expected.shape), expected, 2e-3 if fused else 1e-5)  # a rounding of the own key may flip
-    assert counters[0] == 0
+    assert not counters.any()
+    assert np.isfinite(statistics).all() == (active == 2)
     if fused:
         page, slot = order[position // PAGE], position % PAGE
-        np.testing.assert_allclose(k_pages[page, 0, slot], k[0, 0], rtol=1e-3, atol=1e-3)
-        np.testing.assert_array_equal(v_pages[page, 0, slot], v[0, 0].astype(np.float16))
+        np.testing.assert_allclose(k_pages[page, :, slot], k[0], rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(v_pages[page, :, slot], v[0].astype(np.float16))
+
+
+def attention_of_a_block(head_dim: int, shared: int, warps: int, mine: bool) -> Kernel:
+    """A kernel of attention_core alone: raw [shared + 2, d], and `summary` behind the sums in `out`."""
+    layout, width = Layout(head_dim, shared, warps), shared * head_dim
+    fetch, prepare, attend, own_key, weigh, element, dimension = make_core(head_dim, shared, warps)
+    threads, words, at_summary = 32 * warps, head_dim // 4, layout.summary
+
+    @kernel("f32p u16p u16p i32p i32 i32 f32 f32p", threads=threads)
+    def block(raw, k_pages, v_pages, table, end, lowest, factor, out):
+        memory = shared_address(cuda.shared.array(0, float32, alignment=16))
+        thread, warp, lane = cuda.threadIdx.x, cuda.threadIdx.x >> 5, cuda.threadIdx.x & 31
+        k, v = cuda.local.array(words, int32), cuda.local.array(words, int32)
+        base = 16 * warp
+        if base < end:
+            fetch(k, v, k_pages, v_pages, table, 1, 0, base, end, lane)
+        for i in range(thread, width + 2 * head_dim, threads):
+            shared_store_f32(memory + 4 * i, raw[i])
+        cuda.syncthreads()
+        prepare(memory, factor, thread, threads)
+        cuda.syncthreads()
+        attend(memory, k, v, k_pages, v_pages, table, 1, 0, base, end, lowest, warp, lane)
+        for h in range(warp, shared, warps):
+            own_key(memory, factor, h, lane, mine)
+        cuda.syncthreads()
+        for h in range(warp, shared, warps):
+            weigh(memory, warps + 1, h, lane)
+        cuda.syncthreads()
+        for i in range(thread, width, threads):
+            h, position = i // head_dim, i % head_dim
+            out[h * head_dim + dimension(position)] = element(memory, warps + 1, h, position)
+        if thread < 2 * shared:
+            out[width + thread] = shared_f32(memory + at_summary + 4 * thread)
+
+    return block
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "shared", "warps", "keys", "lowest", "mine"),
+    [(64, 5, 2, 77, 20, True), (64, 2, 1, 40, 0, False), (128, 6, 3, 33, 0, True), (64, 3, 2, 0, 0, True)],
+)
+def test_inner_part(head_dim: int, shared: int, warps: int, keys: int, lowest: int, mine: bool) -> None:
+    """Fewer warps than heads, and a step's own key that is another block's."""
+    k_pages, v_pages, order = pages_of(keys, 1, head_dim)
+    raw = normal(4, shared + 2, head_dim)
+    scale, stored = head_dim**-0.5, raw[shared:].astype(np.float16).astype(np.float64)
+    seen, values = (in_order(pages, order)[lowest:keys, 0] for pages in (k_pages, v_pages))
+    if mine:
+        seen, values = np.vstack([seen, stored[:1]]), np.vstack([values, stored[1:]])
+    scores = raw[:shared].astype(np.float64) @ seen.T * scale
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+
+    out = np.full(shared * head_dim + 2 * shared, np.nan, np.float32)
+    simt.launch(
+        attention_of_a_block(head_dim, shared, warps, mine),
+        *((1,), raw, k_pages.view(np.uint16), v_pages.view(np.uint16), order, keys, lowest, scale * LOG2_E, out),
+        shared=Layout(head_dim, shared, warps).nbytes,
+    )
+    assert_within(out[: shared * head_dim].reshape(shared, head_dim), weights @ values, 1e-5)
+    largest, total = out[shared * head_dim :].reshape(shared, 2).T
+    assert_within(largest, scores.max(1) * LOG2_E, 1e-5)
+    assert_within(total, weights.sum(1), 1e-5)

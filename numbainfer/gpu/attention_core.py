@@ -26,7 +26,6 @@ from numpy import float32, int32, int64
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.ptx import (
     address,
-    do_not_unroll,
     exp2,
     halves_to_floats,
     load_i32x4,
@@ -39,6 +38,7 @@ from numbainfer.gpu.ptx import (
     shared_i32x4,
     shared_store_f32,
     shared_store_i32,
+    still,
 )
 from numbainfer.gpu.reduce import warp_max, warp_sum
 from numbainfer.gpu.rope import PAGE, as_stored
@@ -165,7 +165,7 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
         """All threads of the block: the raw queries times a factor, to `queries`. Between two barriers."""
         i = int32(thread)
         while i < most:
-            do_not_unroll()
+            i = still(i)
             h, word = int32(i >> shift), int32(i & (head_dim // 2 - 1))
             at = memory + 4 * head_dim * min(h, int32(shared - 1)) + 8 * word
             a, b = shared_f32(at) * factor, shared_f32(at + 4) * factor
@@ -192,7 +192,7 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
             acc[i] = float32(0)
         top, total = float32(NOTHING), float32(0)  # of head g; total: of this lane's keys
         while base < end:
-            do_not_unroll()
+            base = still(base)
             following = int32(base + 16 * warps)
             page = int32(0)
             if following < end:
@@ -296,7 +296,7 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
         last, at = int32(values + piece_bytes * shared * (pieces - 1)), values
         value = float32(0)
         while at <= last:
-            do_not_unroll()
+            at = still(at)
             four = shared_f32x4(factors)  # zeros after the last piece's
             for i in range(4):
                 value += four[i] * shared_f32(min(int32(at + piece_bytes * shared * i), last))

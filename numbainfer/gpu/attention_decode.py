@@ -24,7 +24,6 @@ from numbainfer.gpu.ptx import (
     address,
     advance,
     divide,
-    do_not_unroll,
     exp2,
     fetch_add,
     let_next_kernel_start,
@@ -33,6 +32,7 @@ from numbainfer.gpu.ptx import (
     shared_i32,
     shared_store_f32,
     shared_store_i32,
+    still,
     wait_for_previous_kernel,
 )
 from numbainfer.gpu.reduce import warp_max, warp_sum
@@ -127,7 +127,7 @@ def _decode(head_dim: int, shared: int, fused: bool):
             angles = position * half
             h = warp
             while h < shared + 1:
-                do_not_unroll()
+                h = still(h)
                 head = advance(row, (first_head + h if h < shared else heads + g) * head_dim)
                 weight, target = q_norm if h < shared else k_norm, memory + 4 * h * head_dim
                 _turn(
@@ -139,7 +139,7 @@ def _decode(head_dim: int, shared: int, fused: bool):
         else:
             i = thread
             while i < width:
-                do_not_unroll()
+                i = still(i)
                 shared_store_f32(memory + 4 * i, row[first_head * head_dim + i])
                 i = int32(i + THREADS)
         cuda.syncthreads()
@@ -163,7 +163,7 @@ def _decode(head_dim: int, shared: int, fused: bool):
         place = ((token * cuda.gridDim.z + unit) << parts_shift) + part
         i = thread
         while i < width:
-            do_not_unroll()
+            i = still(i)
             h, at = int32(i >> shift), int32(i & (head_dim - 1))
             value = element(memory, pieces, h, at)
             if active == 1:
@@ -197,7 +197,7 @@ def _decode(head_dim: int, shared: int, fused: bool):
         cuda.syncthreads()
         i = thread
         while i < width:
-            do_not_unroll()
+            i = still(i)
             h, value = int32(i >> shift), float32(0)
             for p in range(active):
                 decay = shared_f32(memory + at_tops + 4 * (32 * h + p))

@@ -323,9 +323,10 @@ def permute(a, b, selector):
 # --- for the compiler --------------------------------------------------------------------------------------------
 
 
-@instruction(r".pragma \22nounroll\22;", types.void)
-def do_not_unroll():
-    """First in a loop's body: it is to stay a loop. Copies of it would fill the instruction cache."""
+@instruction(r".pragma \22nounroll\22; mov.b32 $0, $1;", i32, i32)
+def still(i):
+    """i, of which the compiler then knows nothing. `i = still(i)` first in a loop's body keeps the loop as it is: its
+    copies would fill the instruction cache."""
 
 
 # --- pairs of float16 --------------------------------------------------------------------------------------------
