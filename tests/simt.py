@@ -1,45 +1,109 @@
-"""Runs GPU kernels without a GPU: every thread of a block is a Python thread, every PTX instruction a Python function.
+"""Runs GPU kernels without a GPU: every thread of a block is a Python generator, every PTX instruction a function.
 
 Slow (a block of 256 threads takes about a second), but it is the kernel's own source that runs, with its barriers,
-shuffles and addresses: what a compile alone can't check. Kernels run block after block.
+shuffles and addresses: what a compile alone can't check. The source is rewritten in one way: where a function may have
+to wait for other threads, its call becomes a `yield from`. So threads take turns, and that all of them wait is seen at
+once. Integers are Python's, cut where a kernel says int32 or int64, as Numba has them: sums of 32 bits are of 64.
+
+Kernels run block after block, or `together` where blocks wait for each other. With an `order`, a number, warps proceed
+and bulk copies arrive at random speeds, the same ones for the same number: what lacks a barrier shows in some order.
 """
 
 from __future__ import annotations
 
+import ast
+import builtins
 import ctypes
-import sys
-import threading
-import types
-from collections.abc import Callable
+import inspect
+import random
+import struct
+import textwrap
+import time
+from array import array
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from numbainfer.gpu import ptx
+from numbainfer.gpu import pipeline, ptx
 from numbainfer.gpu.compile import Kernel
 
-TIMEOUT = 60  # seconds at a barrier: some thread did not come
+TIMEOUT = 300  # seconds of a launch
+PATIENCE = 100  # rounds in which all threads asked for something in vain
+
+Steps = Generator[bool, None, Any]  # yields True to be asked again, False to be woken by another thread
+
+
+def _int32(value: Any) -> int:
+    return (int(value) + 0x80000000 & 0xFFFFFFFF) - 0x80000000
+
+
+def _int64(value: Any) -> int:
+    return (int(value) + (1 << 63) & (1 << 64) - 1) - (1 << 63)
+
+
+def _uint16(value: Any) -> int:
+    return int(value) & 0xFFFF
+
+
+# In place of NumPy's types in a kernel, and what its arrays are then of.
+_NUMBERS: dict[Any, Callable] = {np.int32: _int32, np.int64: _int64, np.uint16: _uint16}
+_CODES: dict[Any, str] = {_int32: "i", _int64: "q", _uint16: "H"}
 
 
 class Pointer:
     """Into a NumPy array."""
 
-    def __init__(self, array: Any, offset: int = 0) -> None:
-        self.array, self.offset = array, offset
+    def __init__(self, values: Any, offset: int = 0) -> None:
+        self.values, self.offset = values, offset
+        self.floats = values is not None and values.dtype == np.float32
 
     def __getitem__(self, i: Any) -> Any:
         at = self.offset + int(i)
-        assert 0 <= at < self.array.size, "read outside of an array"
-        return self.array[at]
+        assert 0 <= at < self.values.size, "read outside of an array"
+        return self.values[at] if self.floats else self.values.item(at)
 
     def __setitem__(self, i: Any, value: Any) -> None:
         at = self.offset + int(i)
-        assert 0 <= at < self.array.size, "written outside of an array"
-        self.array[at] = np.int64(value).astype(np.int32) if self.array.dtype == np.int32 else value
+        assert 0 <= at < self.values.size, "written outside of an array"
+        self.values[at] = _int32(value) if self.values.dtype == np.int32 else value
+        _world.progress += 1
 
     @property
     def address(self) -> int:
-        return 0 if self.array is None else self.array.ctypes.data + self.offset * self.array.itemsize
+        return 0 if self.values is None else self.values.ctypes.data + self.offset * self.values.itemsize
+
+    def advanced(self, count: Any) -> Pointer:
+        """`count` elements further."""
+        return Pointer(self.values, self.offset + int(count))
+
+
+class Halves:
+    """16-bit values at an address."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def __getitem__(self, i: Any) -> int:
+        return ctypes.c_uint16.from_address(_world.inside(self.address + 2 * int(i), 2)).value
+
+    def __setitem__(self, i: Any, value: Any) -> None:
+        ctypes.c_uint16.from_address(_world.inside(self.address + 2 * int(i), 2)).value = value
+        _world.progress += 1
+
+
+class Words:
+    """32-bit integers at an address."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def __getitem__(self, i: Any) -> int:
+        return ctypes.c_int32.from_address(_world.inside(self.address + 4 * int(i), 4)).value
 
 
 class _Dimensions:
@@ -51,24 +115,175 @@ class Block:
     """The threads of a block, and what they share."""
 
     def __init__(self, grid: tuple, index: tuple, threads: int, shared: int) -> None:
-        self.grid, self.index, self.threads = _Dimensions(*grid), _Dimensions(*index), threads
-        self.memory = np.full(shared // 4 + 4, np.nan, np.float32).view(np.uint8)
+        self.grid, self.index, self.threads = _Dimensions(*grid), _Dimensions(*index), _Dimensions(threads)
+        memory = np.full(-(-shared // 16) * 4, np.nan, np.float32)
+        self.floats, raw = memory, memory.view(np.uint8).data
+        self.memory, self.halves = raw, raw.cast("H")
+        self.words, self.longs = raw.cast("i"), raw.cast("q")
         self.arrays: dict[Any, np.ndarray] = {}
-        self.lock = threading.Lock()
-        self.barrier = threading.Barrier(threads)
-        self.warps = [(threading.Barrier(32), ([None] * 32, [None] * 32)) for _ in range(threads // 32)]
+        self.barriers: dict[int, _Meeting] = defaultdict(_Meeting)
+        self.counters: dict[int, _Counter] = {}  # by address
 
 
-_here = threading.local()
+class Warp:
+    """Of 32 threads: the values that they exchange, and their barrier."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.values, self.come = number, [None] * 32, list[Thread]()
+        self.barrier, self.pace = _Meeting(), 1.0
 
 
-def _exchange(value: Any) -> list:
+class Thread:
+    """Of a block; its steps are what is left of it to run."""
+
+    def __init__(self, block: Block, warp: Warp, index: int) -> None:
+        self.block, self.warp, self.index, self.lane = block, warp, index, index % 32
+        self.place = _Dimensions(index)
+        self.steps: Steps
+
+    def where(self) -> str:
+        """The lines of the kernel at which it stands."""
+        steps: Any = self.steps
+        lines = []
+        while steps is not None and getattr(steps, "gi_frame", None) is not None:
+            code = steps.gi_frame.f_code
+            if code.co_filename != __file__:
+                lines.append(f"{Path(code.co_filename).name}:{steps.gi_frame.f_lineno} ({code.co_name})")
+            steps = steps.gi_yieldfrom
+        return " > ".join(lines)
+
+
+class _World:
+    """All that runs now."""
+
+    def __init__(self) -> None:
+        self.ready: list[Thread] = []  # for the next round
+        self.progress = 0  # grows with whatever somebody may wait for
+        self.dice: random.Random | None = None
+        self.starts, self.ends = list[int](), list[int]()  # of the arrays in memory, in order
+
+    def holds(self, arrays: list[np.ndarray]) -> None:
+        """All that kernels reach by addresses. What allocators round up to counts as an array's."""
+        places = sorted({(a.ctypes.data, -(-(a.ctypes.data + a.nbytes) // 16) * 16) for a in arrays})
+        self.starts, self.ends = [start for start, _ in places], [end for _, end in places]
+
+    def inside(self, address: int, size: int) -> int:
+        """The address, if these bytes of global memory are an array's."""
+        i = bisect_right(self.starts, address) - 1
+        assert i >= 0, "outside of all arrays"
+        assert address + size <= self.ends[i], "outside of all arrays"
+        assert address % min(size, 16) == 0, "misaligned"
+        return address
+
+    def wake(self, threads: list[Thread]) -> None:
+        """Threads that waited go on."""
+        self.ready += threads
+        threads.clear()
+        self.progress += 1
+
+
+_world = _World()
+_here: Thread  # the one that runs
+
+
+# --- barriers and shuffles ---------------------------------------------------------------------------------------
+
+
+class _Meeting:
+    """A barrier: who comes waits until as many have as it is for."""
+
+    def __init__(self) -> None:
+        self.come: list[Thread] = []
+        self.threads = 0
+
+    def join(self, threads: int) -> Steps:
+        assert not self.come or self.threads == threads, "a barrier for different numbers of threads"
+        self.threads = threads
+        if len(self.come) == threads - 1:
+            _world.wake(self.come)
+        else:
+            self.come.append(_here)
+            yield False
+
+
+class _Counter:
+    """A barrier in shared memory (PTX: mbarrier)."""
+
+    def __init__(self, arrivals: int) -> None:
+        self.arrivals = self.pending = arrivals
+        self.bytes = self.phase = 0
+        self.waiting: list[Thread] = []
+
+    def count(self, arrivals: int, size: int) -> None:
+        """Arrivals, and bytes: more that are expected, or less."""
+        self.pending, self.bytes = self.pending - arrivals, self.bytes + size
+        assert self.pending >= 0, "more arrivals than a barrier is for"
+        if self.pending == 0 and self.bytes == 0:
+            self.phase, self.pending = self.phase ^ 1, self.arrivals
+            _world.wake(self.waiting)
+
+    def passed(self, parity: Any) -> bool:
+        return self.phase != int(parity)
+
+
+def _counter(address: Any) -> _Counter:
+    return _here.block.counters[int(address)]
+
+
+def _barrier_init(address: Any, arrivals: Any) -> None:
+    assert int(address) % 8 == 0, "misaligned"
+    _here.block.memory[int(address) + 7]  # it is inside
+    _here.block.counters[int(address)] = _Counter(int(arrivals))
+
+
+def _wait(address: Any, parity: Any) -> Steps:
+    counter = _counter(address)
+    while not counter.passed(parity):
+        counter.waiting.append(_here)
+        yield False
+
+
+def _passed(address: Any, parity: Any) -> Steps:
+    if _counter(address).passed(parity):
+        return 1
+    yield True
+    return int(_counter(address).passed(parity))
+
+
+def _copy_bulk(to: Any, source: int, size: Any, barrier: Any) -> None:
+    assert int(to) % 16 == size % 16 == 0, "misaligned"
+    assert size > 0
+    _world.inside(source, int(size))
+    block, counter = _here.block, _counter(barrier)
+
+    def copy() -> Steps:
+        while _world.dice is not None and _world.dice.random() < 0.9:
+            _world.progress += 1  # it will come
+            yield True
+        block.memory[int(to) : int(to) + int(size)] = ctypes.string_at(source, int(size))
+        counter.count(0, -int(size))
+
+    thread = Thread(block, Warp(-1), -1)
+    thread.steps = copy()
+    if _world.dice is None:
+        for _ in thread.steps:
+            pass
+    else:
+        _world.ready.append(thread)
+
+
+def _exchange(value: Any) -> Steps:
     """The values of a warp's 32 lanes, once all have come."""
-    barrier, slots = _here.block.warps[_here.thread // 32]
-    _here.turn ^= 1  # the other slots may still be read
-    slots[_here.turn][_here.thread % 32] = value
-    barrier.wait(TIMEOUT)
-    return slots[_here.turn]
+    warp = _here.warp
+    values = warp.values
+    values[_here.lane] = value
+    if len(warp.come) == 31:
+        warp.values = [None] * 32
+        _world.wake(warp.come)
+    else:
+        warp.come.append(_here)
+        yield False
+    return values
 
 
 class _Shared:
@@ -76,79 +291,147 @@ class _Shared:
     def array(shape: Any, dtype: Any, alignment: int = 0) -> Any:
         if shape == 0:
             return None  # the dynamic part, at address 0
-        frame: Any = sys._getframe(1)
-        block = _here.block
-        with block.lock:
-            return block.arrays.setdefault((frame.f_code, frame.f_lineno), np.full(shape, np.nan).astype(dtype))
+        frame: Any = inspect.currentframe()
+        place = frame.f_back.f_code, frame.f_back.f_lasti
+        kind = _CODES.get(dtype, dtype)
+        return _here.block.arrays.setdefault(place, np.full(shape, np.nan).astype(kind))
 
 
 class _Cuda:
     """What kernels take from numba.cuda."""
 
     shared = _Shared
-    threadIdx = property(lambda self: _Dimensions(_here.thread))  # noqa: N815
+    threadIdx = property(lambda self: _here.place)  # noqa: N815
     blockIdx = property(lambda self: _here.block.index)  # noqa: N815
     gridDim = property(lambda self: _here.block.grid)  # noqa: N815
-    blockDim = property(lambda self: _Dimensions(_here.block.threads))  # noqa: N815
+    blockDim = property(lambda self: _here.block.threads)  # noqa: N815
 
     class local:  # noqa: N801 (numba's name)
         @staticmethod
-        def array(shape: Any, dtype: Any) -> np.ndarray:
-            return np.zeros(shape, dtype)
+        def array(shape: Any, dtype: Any) -> Any:
+            # one of integers takes none that it can't hold: an error here
+            return array(_CODES[dtype], [0] * shape) if dtype in _CODES else np.zeros(shape, dtype)
 
-    def syncthreads(self) -> None:
-        _here.block.barrier.wait(TIMEOUT)
+    def syncthreads(self) -> Steps:
+        return (yield from _here.block.barriers[0].join(_here.block.threads.x))
 
-    def syncwarp(self) -> None:
-        _here.block.warps[_here.thread // 32][0].wait(TIMEOUT)
+    def syncwarp(self) -> Steps:
+        return (yield from _here.warp.barrier.join(32))
 
     def threadfence(self) -> None:
         pass
 
-    def shfl_xor_sync(self, mask: int, value: Any, step: int) -> Any:
-        return _exchange(value)[_here.thread % 32 ^ int(step)]
+    def shfl_xor_sync(self, mask: int, value: Any, step: int) -> Steps:
+        lane = _here.lane ^ int(step)
+        return (yield from _exchange(value))[lane]
 
-    def shfl_sync(self, mask: int, value: Any, lane: int) -> Any:
-        return _exchange(value)[int(lane) % 32]
-
-
-def _global(address: int, count: int, dtype: Any) -> np.ndarray:
-    return np.frombuffer((ctypes.c_uint8 * (count * np.dtype(dtype).itemsize)).from_address(int(address)), dtype)
+    def shfl_sync(self, mask: int, value: Any, lane: int) -> Steps:
+        return (yield from _exchange(value))[int(lane) % 32]
 
 
-def _part(address: Any, count: int, dtype: Any) -> np.ndarray:
+def _synchronize_threads(name: Any, threads: Any) -> Steps:
+    return (yield from _here.block.barriers[int(name)].join(int(threads)))
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def _check(address: Any, size: int) -> int:
     at = int(address)
-    assert at % (count * np.dtype(dtype).itemsize) == 0, "misaligned"
-    return _here.block.memory[at : at + count * np.dtype(dtype).itemsize].view(dtype)
+    assert at >= 0, "outside of shared memory"
+    assert at % size == 0, "misaligned"
+    return at
 
 
-def _store(dtype: Any) -> Callable:
-    def store(address: Any, *values: Any) -> None:
-        # as the hardware does, only the low bits of integers
-        kept = [int(v) & 0xFFFFFFFF for v in values] if dtype == np.int32 else values
-        _part(address, len(values), np.uint32 if dtype == np.int32 else dtype)[:] = kept
-
-    return store
+def _shared_store_words(address: Any, *values: Any) -> None:
+    at = _check(address, 4 * len(values)) >> 2
+    for i, value in enumerate(values):
+        _here.block.words[at + i] = _int32(value)
 
 
-def _fetch_add(address: int, amount: Any) -> Any:
-    with _here.block.lock:
-        place = _global(address, 1, np.int32)
-        before = place[0]
-        place[0] += amount
-        return before
+def _shared_store_floats(address: Any, *values: Any) -> None:
+    at = _check(address, 4 * len(values)) >> 2
+    for i, value in enumerate(values):
+        _here.block.floats[at + i] = value
+
+
+def _shared_store_half(address: Any, value: Any) -> None:
+    _here.block.halves[_check(address, 2) >> 1] = value
+
+
+def _shared_store_long(address: Any, value: Any) -> None:
+    _here.block.longs[_check(address, 8) >> 3] = _int64(value)
+
+
+def _shared_floats(address: Any) -> tuple:
+    at = _check(address, 16) >> 2
+    return tuple(_here.block.floats[at : at + 4])
+
+
+def _global(kind: Any, count: int = 1) -> Callable:
+    """Reads some values at an address."""
+    of_float, size = kind is ctypes.c_float, count * ctypes.sizeof(kind)
+
+    def one(address: int) -> Any:
+        value = kind.from_address(_world.inside(address, size)).value
+        return np.float32(value) if of_float else value
+
+    def several(address: int) -> tuple:
+        values = (kind * count).from_address(_world.inside(address, size))[:]
+        return tuple(map(np.float32, values)) if of_float else tuple(values)
+
+    return one if count == 1 else several
+
+
+def _peek(kind: Any, count: int = 1) -> Callable:
+    """The same by a thread that may have to ask often."""
+    read = _global(kind, count)
+
+    def peek(address: int) -> Steps:
+        yield True
+        return read(address)
+
+    return peek
+
+
+def _shared_peek(address: Any) -> Steps:
+    yield True
+    return _here.block.words[_check(address, 4) >> 2]
+
+
+def _post(kind: Any) -> Callable:
+    def post(address: int, value: Any) -> None:
+        kind.from_address(_world.inside(address, ctypes.sizeof(kind))).value = int(value)
+        _world.progress += 1
+
+    return post
+
+
+def _fetch_add(address: int, amount: Any) -> int:
+    place = ctypes.c_int32.from_address(_world.inside(address, 4))
+    before = place.value
+    place.value += int(amount)
+    _world.progress += 1
+    return before
 
 
 def _copy_async(count: int) -> Callable:
     def copy(to: Any, source: int) -> None:
-        _part(to, count, np.uint8)[:] = _global(source, count, np.uint8)
+        at = _check(to, count)
+        _here.block.memory[at : at + count] = ctypes.string_at(_world.inside(source, count), count)
 
     return copy
 
 
-def _dp4a(a: Any, b: Any, c: Any) -> Any:
-    a, b = (np.array([x], np.int32).view(np.int8).astype(np.int64) for x in (a, b))
-    return np.int64(c + (a * b).sum())
+# --- arithmetic --------------------------------------------------------------------------------------------------
+
+_FLOATS = list(np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32))  # by their bits as float16
+_BYTES, _TWO_WORDS, _WORD, _FLOAT = struct.Struct("<8b"), struct.Struct("<2i"), struct.Struct("<i"), struct.Struct("<f")
+
+
+def _dp4a(a: Any, b: Any, c: Any) -> int:
+    p, q, r, s, t, u, v, w = _BYTES.unpack(_TWO_WORDS.pack(a, b))
+    return c + p * t + q * u + r * v + s * w
 
 
 def _halves(*words: Any) -> np.ndarray:
@@ -156,19 +439,21 @@ def _halves(*words: Any) -> np.ndarray:
     return np.array([int(word) & 0xFFFFFFFF for word in words], np.uint32).view(np.float16).astype(np.float64)
 
 
-def _pack(first: Any, second: Any) -> Any:
-    return np.array([first, second], np.float32).astype(np.float16).view(np.int32)[0]
+def _pack(first: Any, second: Any) -> int:
+    return np.array([first, second], np.float32).astype(np.float16).view(np.int32).item()
 
 
-def _permute(a: Any, b: Any, selector: Any) -> Any:
-    eight = np.array([int(a) & 0xFFFFFFFF, int(b) & 0xFFFFFFFF], np.uint32).view(np.uint8)
-    return eight[[int(selector) >> 4 * i & 7 for i in range(4)]].view(np.int32)[0]
+def _permute(a: Any, b: Any, selector: Any) -> int:
+    eight, s = _TWO_WORDS.pack(a, b), int(selector)
+    chosen = eight[s & 7], eight[s >> 4 & 7], eight[s >> 8 & 7], eight[s >> 12 & 7]
+    return int.from_bytes(bytes(chosen), "little", signed=True)
 
 
-def _multiply_16x8x16(*operands: Any) -> tuple:
+def _multiply_16x8x16(*operands: Any) -> Steps:
     """Where a lane (4 g + t) has what, is in PTX ISA, "matrix fragments for mma.m16n8k16"."""
-    lanes = _exchange(operands[:6])
-    g, t = divmod(_here.thread % 32, 4)
+    lane = _here.lane
+    lanes = yield from _exchange(operands[:6])
+    g, t = divmod(lane, 4)
     out = np.array(operands[6:], np.float64).reshape(2, 2)
     # Row g, then row g + 8; columns 0 to 7, then 8 to 15. Columns of b: 2t and 2t + 1.
     a = [_halves(*(lanes[4 * g + i][r + 2 * half] for half in (0, 1) for i in range(4))) for r in (0, 1)]
@@ -177,21 +462,36 @@ def _multiply_16x8x16(*operands: Any) -> tuple:
     return tuple(out.astype(np.float32).reshape(4))
 
 
+_i32, _i64, _f32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
 _INSTRUCTIONS: dict[str, Callable] = {
     "address": lambda pointer: pointer.address,
-    "advance": lambda pointer, count: Pointer(pointer.array, pointer.offset + int(count)),
+    "advance": lambda pointer, count: pointer.advanced(count),
+    "halves_at": Halves,
+    "words_at": Words,
     "shared_address": lambda array: 0,
-    "load_f32x4": lambda address: tuple(_global(address, 4, np.float32)),
-    "load_i32x4": lambda address: tuple(_global(address, 4, np.int32)),
-    "shared_i32x4": lambda address: tuple(_part(address, 4, np.int32)),
-    "shared_f32x4": lambda address: tuple(_part(address, 4, np.float32)),
-    "shared_i32": lambda address: _part(address, 1, np.int32)[0],
-    "shared_f32": lambda address: _part(address, 1, np.float32)[0],
-    "shared_u16": lambda address: _part(address, 1, np.uint16)[0],
-    "shared_store_i32": _store(np.int32),
-    "shared_store_f32": _store(np.float32),
-    "shared_store_f32x4": _store(np.float32),
-    "shared_store_i32x4": _store(np.int32),
+    "load_i32": _global(_i32),
+    "load_f32x4": _global(_f32, 4),
+    "load_i32x4": _global(_i32, 4),
+    "load_constant_f32": _global(_f32),
+    "peek_i32": _peek(_i32),
+    "peek_i32x4": _peek(_i32, 4),
+    "peek_i64": _peek(_i64),
+    "post_i32": _post(_i32),
+    "post_i64": _post(_i64),
+    "shared_i32x4": lambda address: tuple(_here.block.words[(at := _check(address, 16) >> 2) : at + 4]),
+    "shared_f32x4": _shared_floats,
+    "shared_peek_i32": _shared_peek,
+    "shared_i32": lambda address: _here.block.words[_check(address, 4) >> 2],
+    "shared_f32": lambda address: _here.block.floats[_check(address, 4) >> 2],
+    "shared_u16": lambda address: _here.block.halves[_check(address, 2) >> 1],
+    "shared_i64": lambda address: _here.block.longs[_check(address, 8) >> 3],
+    "shared_store_i32": _shared_store_words,
+    "shared_store_f32": _shared_store_floats,
+    "shared_store_u16": _shared_store_half,
+    "shared_store_i64": _shared_store_long,
+    "shared_store_f32x4": _shared_store_floats,
+    "shared_store_i32x4": _shared_store_words,
     "copy_async_16": _copy_async(16),
     "copy_async_4": _copy_async(4),
     "copy_async_commit": lambda: None,
@@ -201,71 +501,203 @@ _INSTRUCTIONS: dict[str, Callable] = {
     "pack_halves": lambda a, b: _pack(*np.clip(np.array([a, b], np.float32), -65504, 65504)),
     "round_halves": _pack,
     "still": lambda i: i,
-    "half_to_float": lambda bits: np.array([bits], np.uint16).view(np.float16).astype(np.float32)[0],
-    "halves_to_floats": lambda bits: tuple(np.array([bits], np.int32).view(np.float16).astype(np.float32)),
-    "float_to_half": lambda value: np.float32(value).astype(np.float16).view(np.uint16),
-    "round_to_int": lambda value: np.int64(np.rint(value)),
+    "half_to_float": lambda bits: _FLOATS[bits],
+    "halves_to_floats": lambda bits: (_FLOATS[bits & 0xFFFF], _FLOATS[bits >> 16 & 0xFFFF]),
+    "float_to_half": lambda value: np.float32(value).astype(np.float16).view(np.uint16).item(),
+    "as_float": lambda bits: np.float32(_FLOAT.unpack(_WORD.pack(bits))[0]),
+    "as_int": lambda value: _WORD.unpack(_FLOAT.pack(value))[0],
+    "round_to_int": lambda value: round(float(value)),
     "exp2": lambda value: np.exp2(np.float32(value)),
+    "reciprocal": lambda value: np.float32(1) / np.float32(value),
+    "inverse_root": lambda value: np.float32(1) / np.sqrt(np.float32(value)),
     "divide": lambda a, b: int(a) // int(b),
     "fetch_add": _fetch_add,
     "wait_for_previous_kernel": lambda: None,
     "let_next_kernel_start": lambda: None,
+    # pipeline.py
+    "bulk_copies": lambda: True,
+    "barrier_init": _barrier_init,
+    "barrier_arrive": lambda barrier: _counter(barrier).count(1, 0),
+    "barrier_passed": _passed,
+    "_try_wait": _wait,
+    "expect_bytes": lambda barrier, size: _counter(barrier).count(1, int(size)),
+    "copy_bulk": _copy_bulk,
+    "fence_for_copies": lambda: None,
+    "synchronize_threads": _synchronize_threads,
 }
+
+
+# --- from a kernel to generators ---------------------------------------------------------------------------------
 
 
 def _emulated(value: Any, made: dict[int, Any]) -> Any:
     """A kernel's global or closure value, for Python: device functions and instructions as functions."""
     if id(value) in made:
         return made[id(value)]
+    if isinstance(value, type):
+        return _NUMBERS.get(value, value)
     name = getattr(value, "__name__", "")
-    if getattr(ptx, name, None) is value and name in _INSTRUCTIONS:
+    if name in _INSTRUCTIONS and value in (getattr(ptx, name, None), getattr(pipeline, name, None)):
         return _INSTRUCTIONS[name]
-    if name == "wait" and "groups of copies" in (value.__doc__ or ""):
-        return lambda: None
+    if name in ("wait", "dealt") and not hasattr(value, "py_func"):
+        return lambda: None  # of copies, which are done at once; registers
     function = getattr(value, "py_func", None)
-    return value if function is None else python_function(function, made)
+    if function is None:
+        return value
+    made[id(value)] = python_function(function, made)
+    return made[id(value)]
+
+
+class _Waits(ast.NodeTransformer):
+    """Calls of what may wait become `yield from`."""
+
+    def __init__(self, known: dict[str, Any]) -> None:
+        self.known = known
+
+    def visit_Call(self, node: ast.Call) -> Any:
+        self.generic_visit(node)
+        function: Any = None
+        if isinstance(node.func, ast.Name):
+            function = self.known.get(node.func.id)
+        elif isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+            function = getattr(self.known.get(node.func.value.id), node.func.attr, None)
+        return ast.copy_location(ast.YieldFrom(node), node) if inspect.isgeneratorfunction(function) else node
 
 
 def python_function(function: Any, made: dict[int, Any]) -> Any:
-    """The function with everything that it names emulated."""
-    names = set(function.__code__.co_names)
-    known = {name: value for name, value in function.__globals__.items() if name in names}
-    known = {name: _Cuda() if name == "cuda" else _emulated(value, made) for name, value in known.items()}
-    cells = tuple(types.CellType(_emulated(cell.cell_contents, made)) for cell in function.__closure__ or ())
-    return types.FunctionType(
-        function.__code__, {**known, "__builtins__": __builtins__}, function.__name__, None, cells
-    )
+    """The function with everything that it names emulated; a generator function if it may wait."""
+    code, names = function.__code__, {*function.__code__.co_names}
+    found = {name: value for name, value in function.__globals__.items() if name in names}
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    found.update((name, cell.cell_contents) for name, cell in cells)
+    known = {name: _Cuda() if name == "cuda" else _emulated(value, made) for name, value in found.items()}
+
+    tree: Any = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    tree.body[0].decorator_list = []
+    ast.increment_lineno(_Waits(known).visit(tree), code.co_firstlineno - 1)
+    space = {**known, "__builtins__": builtins}
+    exec(compile(ast.fix_missing_locations(tree), code.co_filename, "exec", dont_inherit=True), space)
+    result = space.pop(function.__name__)
+    if function.__name__ in known:
+        space[function.__name__] = known[function.__name__]
+    return result
 
 
-def launch(kernel: Kernel, grid: tuple, *arguments: Any, shared: int = 0) -> None:
-    """Runs kernel(*arguments) on `grid` blocks; arrays are written in place, None is a null pointer."""
-    body = python_function(kernel.function, {})
-    pointers = []
+@cache
+def _body(kernel: Kernel) -> Callable:
+    return python_function(kernel.function, {})
+
+
+def _steps(body: Callable, arguments: list) -> Steps:
+    if inspect.isgeneratorfunction(body):
+        yield from body(*arguments)
+    else:
+        body(*arguments)
+    _world.progress += 1
+
+
+# --- launching ---------------------------------------------------------------------------------------------------
+
+
+class Deadlock(Exception):  # noqa: N818
+    """All threads wait for each other, or a launch takes too long."""
+
+
+def _report(why: str, threads: list[Thread]) -> Deadlock:
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for thread in threads:
+        if thread.steps.gi_frame is not None:
+            index = thread.block.index
+            groups[index.z, index.y, index.x, thread.where()].append(thread.index)
+    lines = [f"block {key[2::-1]}, threads {_ranges(indices)}: {key[3]}" for key, indices in groups.items()]
+    return Deadlock("\n".join([why, *lines]))
+
+
+def _ranges(numbers: list[int]) -> str:
+    edges = np.flatnonzero(np.diff(numbers) != 1) + 1
+    return ", ".join(f"{run[0]}-{run[-1]}" for run in np.split(np.array(numbers), edges))
+
+
+def _run(threads: list[Thread]) -> None:
+    """In rounds: in each, whoever can goes on until it has to wait."""
+    global _here  # noqa: PLW0603
+    _world.ready = list(threads)
+    deadline, vain, dice = time.monotonic() + TIMEOUT, 0, _world.dice
+    while _world.ready:
+        turn, _world.ready = _world.ready, []
+        progress = _world.progress
+        if dice is not None:
+            turn = list(_postpone(turn, dice))
+        for thread in turn:
+            _here = thread
+            try:
+                again = next(thread.steps)
+            except StopIteration:
+                continue
+            if again:
+                _world.ready.append(thread)
+        vain = 0 if _world.progress != progress else vain + 1
+        if vain == (PATIENCE if dice is None else 50 * PATIENCE):
+            raise _report("deadlock: all threads wait", threads)
+        if time.monotonic() > deadline:
+            raise _report(f"not done after {TIMEOUT} seconds", threads)
+    if any(thread.steps.gi_frame is not None for thread in threads):
+        raise _report("deadlock: all threads wait", threads)
+
+
+def _postpone(turn: list[Thread], dice: random.Random) -> Iterator[Thread]:
+    """Those whose turn it is after all: each warp has a pace, for a while."""
+    warps = {id(thread.warp): thread.warp for thread in turn}
+    for warp in warps.values():
+        if warp.number >= 0 and dice.random() < 0.02:
+            warp.pace = dice.choice((0.02, 0.3, 1.0, 1.0))
+    chosen = [key for key, warp in warps.items() if dice.random() < warp.pace]
+    dice.shuffle(chosen)
+    by_warp: dict[int, list[Thread]] = defaultdict(list)
+    for thread in turn:
+        by_warp[id(thread.warp)].append(thread)
+    late = set(warps) - set(chosen)
+    _world.ready += [thread for thread in turn if id(thread.warp) in late]
+    for key in chosen:
+        yield from by_warp[key]
+
+
+def launch(
+    kernel: Kernel,
+    grid: Any,
+    *arguments: Any,
+    shared: int = 0,
+    together: bool = False,
+    order: int | None = None,
+    others: list[np.ndarray] | None = None,
+) -> None:
+    """Runs kernel(*arguments) on `grid` blocks; arrays are written in place, None is a null pointer.
+
+    others: arrays that are no arguments, but pointed at by what is in one.
+    """
+    global _world  # noqa: PLW0603
+    body = _body(kernel)
+    taken: list[Any] = []
+    held = list(others or ())
     for value, kind in zip(arguments, kernel.parameters, strict=True):
         if kind.endswith("p"):
-            pointers.append(Pointer(None if value is None else value.reshape(-1)))
+            held += [] if value is None else [value]
+            flat = None if value is None else np.asarray(value).reshape(-1)
+            taken.append(Pointer(flat.view(np.uint16) if flat is not None and flat.dtype == np.float16 else flat))
         else:
-            pointers.append(np.float32(value) if kind == "f32" else int(value))
-    failures: list[BaseException] = []
+            taken.append(np.float32(value) if kind == "f32" else int(value))
 
-    def thread(block: Block, index: int) -> None:
-        _here.block, _here.thread, _here.turn = block, index, 0
-        try:
-            with np.errstate(all="ignore"):
-                body(*pointers)
-        except BaseException as failure:
-            failures.append(failure)
-            block.barrier.abort()
-            for barrier, _ in block.warps:
-                barrier.abort()
-
-    x, y, z = (*grid, 1, 1)[:3]
-    for index in np.ndindex(z, y, x):
-        block = Block((x, y, z), index[::-1], kernel.threads, shared)
-        threads = [threading.Thread(target=thread, args=(block, i)) for i in range(kernel.threads)]
-        for one in threads:
-            one.start()
-        for one in threads:
-            one.join()
-        if failures:
-            raise next((f for f in failures if not isinstance(f, threading.BrokenBarrierError)), failures[0])
+    x, y, z = (*(grid if isinstance(grid, tuple) else (grid,)), 1, 1)[:3]
+    blocks = [Block((x, y, z), index[::-1], kernel.threads, shared) for index in np.ndindex(z, y, x)]
+    for group in [blocks] if together else [[block] for block in blocks]:
+        _world = _World()
+        _world.holds(held)
+        _world.dice = None if order is None else random.Random(order)
+        threads = []
+        for block in group:
+            warps = [Warp(number) for number in range(-(-kernel.threads // 32))]
+            for i in range(kernel.threads):
+                threads.append(Thread(block, warps[i // 32], i))
+                threads[-1].steps = _steps(body, taken)
+        with np.errstate(all="ignore"):
+            _run(threads)
