@@ -21,8 +21,9 @@ from numbainfer._version import __version__
 from numbainfer.checkpoint import Weights
 from numbainfer.device import Device, peak_memory_bytes
 from numbainfer.errors import NumbaInferError
+from numbainfer.layers import Layer
 from numbainfer.loading import describe
-from numbainfer.model import Layer, Model
+from numbainfer.model import Model
 from numbainfer.progress import Progress, silent
 from numbainfer.registry import backend, bind
 from numbainfer.specs import parameter_count

@@ -2,7 +2,8 @@
 
 The model is walked once with each operator captured as a program of its own. These run in the order of the walk, so
 that caches are as in the real step, and the device's stream times each. What capturing all of them as one program saves
-(on the CPU a few microseconds an operator, on a GPU the gaps between kernels) shows in the last row: that step.
+(on the CPU a few microseconds an operator, on a GPU the gaps between kernels) shows in the last row: that step. On a
+GPU a step of one token may be another kernel altogether (gpu/token_kernel.py): the last row is that one's.
 """
 
 from __future__ import annotations
@@ -96,9 +97,12 @@ def profile(bench: Bench, test: Test, repetitions: int) -> list[dict[str, Any]]:
     bench.feeder.reset(test.depth, test.batch)
     with _recording(bench.model, step) as calls:
         bench.feeder.feed(test.count) if test.kind == "pp" else bench.feeder.step(test.batch)
-    with bench.ops.stream.capture() as step_program:
-        for call in calls:
-            call.operator()
+    if test.kind == "pp":
+        with bench.ops.stream.capture() as step_program:
+            for call in calls:
+                call.operator()
+    else:
+        step_program = bench.model.program(test.batch, test.batch)
     whole, ceilings = [], []
     for done in range(repetitions + 1):
         ceilings.append(bench.bandwidth())
@@ -113,12 +117,12 @@ def profile(bench: Bench, test: Test, repetitions: int) -> list[dict[str, Any]]:
 def _recording(model: Model, step: Step) -> Iterator[list[Call]]:
     """Within, a step of the model is recorded, not run."""
     recorder = Recorder(model.ops, _labels(model), step)
-    ops, eager = model.ops, model.eager
-    model.ops, model.eager = recorder, True  # type: ignore[assignment]
+    ops, eager, token_step = model.ops, model.eager, model.token_step
+    model.ops, model.eager, model.token_step = recorder, True, None  # type: ignore[assignment]
     try:
         yield recorder.calls
     finally:
-        model.ops, model.eager = ops, eager
+        model.ops, model.eager, model.token_step = ops, eager, token_step
 
 
 def _labels(model: Model) -> dict[int, str]:

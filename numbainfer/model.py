@@ -7,7 +7,7 @@ of each of several. The walk is captured once per T as a program, and replayed f
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,37 +17,15 @@ from numbainfer.checkpoint import Weights
 from numbainfer.config import ModelConfig
 from numbainfer.kv_cache import KVCache
 from numbainfer.kv_cache import Sequence as KVSequence
-from numbainfer.mixture import Mixture, MixtureWorkspace, mix, read_mixture
+from numbainfer.layers import read_layers
+from numbainfer.mixture import MixtureWorkspace, mix
 from numbainfer.progress import Progress, silent
 from numbainfer.quantization import AnyMatrix, Matrix, QuantizedMatrix, QuantizedRows
 from numbainfer.registry import Operators
-from numbainfer.specs import layer_specs
 
 AHEAD = 4  # steps that greedy decoding may be ahead of who reads its tokens
 GREEDY = -1  # in place of a number of rows: a step that also chooses its tokens and goes on to the next position
 _KEPT_PROGRAMS = 16
-
-
-@dataclass
-class Layer:
-    """The weights of one decoder layer; biases and head norms None where the spec has none, and the MLP's where a
-    mixture of experts stands in its place. window: how many positions a token sees, 0 for all."""
-
-    attention_norm: Any  # [D]
-    qkv: AnyMatrix  # [(H + 2 K) d, D]: q, k, v stacked
-    qkv_bias: Any  # [(H + 2 K) d]
-    q_norm: Any  # [d]
-    k_norm: Any  # [d]
-    output: AnyMatrix  # [D, H d]
-    output_bias: Any  # [D]
-    mlp_norm: Any  # [D]
-    rotated: bool
-    window: int
-    mixture: Mixture | None
-    gate_up: Any  # [2 F, D]: gate, up stacked
-    gate_up_bias: Any  # [2 F]
-    down: Any  # [D, F]
-    down_bias: Any  # [D]
 
 
 class UploadedWeights:
@@ -131,7 +109,7 @@ class Model:
         self.eager = eager
         self.runs_ahead: bool = ops.backend.RUNS_AHEAD  # `greedy` is faster than steps one by one
         weights = self._weights = UploadedWeights(ops, weights, progress)
-        self.layers = list(_layers(weights))
+        self.layers = list(read_layers(weights))
         self.embedding = weights.matrix(["model.embed_tokens.weight"])
         self.norm = weights.vector(["model.norm.weight"])
         self.head = self.embedding if config.tied_embeddings else weights.matrix(["lm_head.weight"])
@@ -145,6 +123,7 @@ class Model:
         self._running: _GreedyRun | None = None  # that the device is going on with
         self._chosen: dict[int, np.ndarray] = {}  # by B: the latest tokens of greedy decoding, by position
         self._allocate()
+        self.token_step = ops.backend.token_step(ops.stream, ops.pool, self)
 
     def _allocate(self) -> None:
         """The workspace of a step of up to `chunk` tokens."""
@@ -198,9 +177,9 @@ class Model:
             self._logits = self.ops.pool.empty((rows, self.config.vocab_size), np.float32)
             self._programs.clear()
         if self.eager:
-            self._walk(T, rows)
+            self._launch(T, rows, None)
         else:
-            self._program(T, rows).run()
+            self.program(T, rows).run()
         return self.ops.download(self._logits[:rows]) if rows else None
 
     def greedy(
@@ -243,7 +222,7 @@ class Model:
             self._set_rope_rows(np.asarray(positions), 0)
         for sequence in sequences:
             self.cache.append(sequence, [0])  # which one it is becomes known later
-        self._program(B, GREEDY).run()
+        self.program(B, GREEDY).run()
         run.marks.append(self.ops.backend.mark(self.ops.stream))
         run.launched += 1
 
@@ -276,6 +255,8 @@ class Model:
     def release(self) -> None:
         """Gives the cache and the workspace back to the pool; the model can't run any more."""
         self._programs.clear()
+        if self.token_step is not None:
+            self.token_step.release()
         self.cache.release()
         for buffer in self._inputs.values():
             buffer.release(self.ops.pool) if isinstance(buffer, QuantizedRows) else self.ops.pool.release(buffer)
@@ -285,19 +266,30 @@ class Model:
             self.ops.pool.release(array)
         self._weights.release()
 
-    def _program(self, T: int, rows: int) -> Any:
+    def program(self, T: int, rows: int) -> Any:
+        """The captured step of T tokens, with so many rows of logits, or GREEDY."""
         program = self._programs.get((T, rows))
         if program is None:
             with self.ops.stream.capture() as program:
-                self._walk(T, T if rows == GREEDY else rows)
+                history = None
                 if rows == GREEDY:
                     history, self._chosen[T] = self.ops.backend.shared_array(self.ops.stream, (2 * AHEAD, T), np.int32)
-                    self.ops.greedy(self._logits[:T], self._tokens[:T], self._positions[:T], history)
+                self._launch(T, T if rows == GREEDY else rows, history)
             self._programs[T, rows] = program
             if len(self._programs) > _KEPT_PROGRAMS:
                 self._programs.popitem(last=False)
         self._programs.move_to_end((T, rows))
         return program
+
+    def _launch(self, T: int, rows: int, history: Any) -> None:
+        """Everything of a step; with `history`, registry.greedy too."""
+        inputs = self._tokens[:T], self._positions[:T], self._sequences[:T]
+        if T == 1 and self.token_step is not None:
+            self.token_step.launch(*inputs, self._logits[:1] if rows else None, history)
+            return
+        self._walk(T, rows)
+        if history is not None:
+            self.ops.greedy(self._logits[:T], *inputs[:2], history)
 
     def _walk(self, T: int, rows: int) -> None:
         """The forward pass, with logits of the last `rows` tokens.
@@ -340,36 +332,6 @@ class Model:
         normed = self._input(self.head, "head_in", rows)
         ops.rmsnorm(x[T - rows :], self.norm, eps, normed)
         ops.linear(normed, self.head, None, None, self._logits[:rows])
-
-
-def _layers(weights: Weights) -> Iterator[Layer]:
-    experts = weights.config.experts
-    for i, spec in enumerate(layer_specs(weights.config)):
-        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-
-        def matrix(prefix: str, *names: str) -> AnyMatrix:
-            return weights.matrix([f"{prefix}.{name}.weight" for name in names])
-
-        def bias(present: bool, prefix: str, *names: str) -> Any:
-            return weights.vector([f"{prefix}.{name}.bias" for name in names]) if present else None
-
-        yield Layer(
-            attention_norm=weights.vector([f"model.layers.{i}.input_layernorm.weight"]),
-            qkv=matrix(attention, "q_proj", "k_proj", "v_proj"),
-            qkv_bias=bias(spec.qkv_bias, attention, "q_proj", "k_proj", "v_proj"),
-            q_norm=weights.vector([f"{attention}.q_norm.weight"]) if spec.qk_norm else None,
-            k_norm=weights.vector([f"{attention}.k_norm.weight"]) if spec.qk_norm else None,
-            output=matrix(attention, "o_proj"),
-            output_bias=bias(spec.output_bias, attention, "o_proj"),
-            mlp_norm=weights.vector([f"model.layers.{i}.post_attention_layernorm.weight"]),
-            rotated=spec.rotated,
-            window=spec.window,
-            mixture=read_mixture(weights, experts, mlp) if spec.experts and experts else None,
-            gate_up=None if spec.experts else matrix(mlp, "gate_proj", "up_proj"),
-            gate_up_bias=bias(spec.mlp_bias and not spec.experts, mlp, "gate_proj", "up_proj"),
-            down=None if spec.experts else matrix(mlp, "down_proj"),
-            down_bias=bias(spec.mlp_bias and not spec.experts, mlp, "down_proj"),
-        )
 
 
 def rope_tables(config: ModelConfig, positions: np.ndarray, length: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -243,6 +243,9 @@ MIXTURE = ("route", "group_by_expert", "linear_experts", "combine")
 #   mark(stream) -> a function that waits until what was launched so far is done
 #   device_name(device) -> what the device calls itself
 #   activation_planes(tokens) -> the form of QuantizedRows that its int8 `linear` wants for a step of so many tokens
+#   token_step(stream, pool, model) -> None, or what runs a step of one token of this model.Model as a whole:
+#       .launch(tokens, positions, sequences, logits, history), where logits and history may be None: not wanted;
+#       with history it does what `greedy` does; .release() gives its memory back to the pool
 #   BandwidthProbe(stream) -> .measure() gives the memory read bandwidth in bytes/s
 _BACKENDS = {"cpu": "numbainfer.cpu", "cuda": "numbainfer.gpu"}
 

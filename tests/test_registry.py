@@ -127,7 +127,7 @@ FLOORS = [
     ["cpu", "gpu"],
     ["registry"],
     ["config", "config_reader", "families", "rope_scaling", "specs", "safetensors_file", "checkpoint", "kv_cache"],
-    ["model", "mixture"],
+    ["model", "layers", "mixture"],
     [
         "sampling_params",
         "sampling",

@@ -261,6 +261,18 @@ INT8_MIXTURES: dict[str, dict[str, Any]] = {
     ),
 }
 
+# Without goldens, too: of the head sizes that a step of one token as one GPU kernel takes (test_gpu_token.py).
+TOKEN_CONFIGS: dict[str, dict[str, Any]] = {
+    "token_llama": _config(LLAMA, (2, 128, 4, 2, 192, 1100), tied=True, eps=1e-5, theta=1e4, head_dim=64),
+    "token_wide": _config(LLAMA, (1, 128, 2, 1, 2240, 97), tied=True, eps=1e-5, theta=1e4, head_dim=64),
+    "token_qwen2": _config(QWEN2, (1, 128, 3, 1, 256, 97), tied=True, eps=1e-6, theta=1e6, head_dim=64),
+    "token_qwen3": _config(QWEN3, (2, 128, 2, 1, 192, 99), tied=False, eps=1e-6, theta=1e6, head_dim=128),
+    "token_biases": _config(LLAMA_BIASED, (1, 192, 2, 2, 256, 101), tied=False, eps=1e-5, theta=1e4, head_dim=64),
+    "token_window": _config(
+        MISTRAL, (1, 128, 8, 1, 160, 97), tied=False, eps=1e-5, theta=1e4, head_dim=64, sliding_window=40
+    ),
+}
+
 # Without goldens, too: what a GGUF can say.
 GGUF_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_moe_plain": _config(
@@ -278,7 +290,7 @@ GGUF_CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "smollm3_every_4th": _config(SMOLLM3, (5, 64, 4, 2, 96, 97), tied=True, eps=1e-6, theta=2e6),
 }
-_ALL_CONFIGS = {**CONFIGS, **INT8_CONFIGS, **INT8_MIXTURES, **GGUF_CONFIGS}
+_ALL_CONFIGS = {**CONFIGS, **INT8_CONFIGS, **INT8_MIXTURES, **TOKEN_CONFIGS, **GGUF_CONFIGS}
 
 
 def hf_config(name: str, *, dtype: str = "float32", style: int = 4) -> dict[str, Any]:

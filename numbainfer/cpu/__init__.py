@@ -55,6 +55,7 @@ __all__ = [
     "shared_array",
     "softmax",
     "swiglu",
+    "token_step",
     "top_k",
     "upload",
 ]
@@ -99,6 +100,10 @@ def device_name(device: Device) -> str:
 def activation_planes(tokens: int) -> int:
     """Two planes for few tokens, which wait for the weights; one for many, which wait for the arithmetic."""
     return 2 if tokens <= TWO_PLANES_TOKENS else 1
+
+
+def token_step(stream: Stream, pool: MemoryPool, model: Any) -> None:
+    """None: operators one by one are as fast."""
 
 
 def open_allocator(device: Device) -> Allocator:

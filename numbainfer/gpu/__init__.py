@@ -20,6 +20,7 @@ from numbainfer.gpu.memory import DeviceAllocator, DeviceArray
 from numbainfer.gpu.quantize import quantize, quantize_matrix
 from numbainfer.gpu.rope import rope, rope_and_store
 from numbainfer.gpu.select import argmax, greedy, top_k
+from numbainfer.gpu.token_step import token_step
 from numbainfer.memory import Allocator, MemoryPool
 
 CHUNK = 2048  # fewer would leave multiprocessors without work
@@ -53,6 +54,7 @@ __all__ = [
     "shared_array",
     "softmax",
     "swiglu",
+    "token_step",
     "top_k",
     "upload",
 ]

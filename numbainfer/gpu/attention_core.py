@@ -109,6 +109,7 @@ class Core(NamedTuple):
     """Functions for kernels, made for one Layout; `memory` is the address of its start. See make_core."""
 
     fetch: Any
+    fetch_from: Any
     prepare: Any
     attend: Any
     own_key: Any
@@ -127,6 +128,7 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
     at_key, at_value = 4 * shared * head_dim, 4 * (shared + 1) * head_dim
     loads, halves = head_dim // 32, head_dim // 64  # of 16 bytes: a lane's of a key; of a value's 64 dimensions
     tiles, sums = head_dim // 16, head_dim // 4
+    roomy = head_dim == 64  # registers for keys and values at once, at 16 warps a block
     most, shift = int32(8 * head_dim // 2), head_dim.bit_length() - 2  # words of a plane, of a row as a power of 2
 
     @device_function
@@ -153,12 +155,17 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
                 v[j], v[j + 1], v[j + 2], v[j + 3] = load_i32x4(at + 128 * i)
 
     @device_function
-    def fetch(k, v, k_pages, v_pages, table, kv_heads, g, base, end, lane):
-        """The lane's part of the 16 keys from `base`, a multiple of 16, and of their values; k, v: int32 [d / 4]. A key
-        past the last, end - 1, repeats it: what stands behind it in the page may be NaN."""
-        page = int32(table[int32(base) >> 6] * kv_heads + g)
+    def fetch_from(k, v, k_pages, v_pages, page, base, end, lane):
+        """`fetch` where the page is known: its number times kv_heads, plus g."""
         fetch_keys(k, k_pages, page, base, end, lane)
-        fetch_values(v, v_pages, page, base, end, lane)
+        if roomy:
+            fetch_values(v, v_pages, page, base, end, lane)
+
+    @device_function
+    def fetch(k, v, k_pages, v_pages, table, kv_heads, g, base, end, lane):
+        """The lane's part of the 16 keys from `base`, a multiple of 16, and if there is room of their values; k, v:
+        int32 [d / 4]. A key past the last, end - 1, repeats it: what stands behind it in the page may be NaN."""
+        fetch_from(k, v, k_pages, v_pages, int32(table[int32(base) >> 6] * kv_heads + g), base, end, lane)
 
     @device_function
     def prepare(memory, factor, thread, threads):
@@ -206,7 +213,9 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
                     scores[m], scores[m + 1], scores[m + 2], scores[m + 3] = multiply_16x8x16(
                         *(a0, a1, a2, a3, k[j], k[j + 1]), scores[m], scores[m + 1], scores[m + 2], scores[m + 3]
                     )
-            if following < end:
+            if not roomy:
+                fetch_values(v, v_pages, int32(table[base >> 6] * kv_heads + g), base, end, lane)
+            elif following < end:
                 fetch_keys(k, k_pages, page, following, end, lane)
             # Head g, keys 2t, 2t + 1, 2t + 8, 2t + 9: high and low parts together, and what is not seen.
             larger = top
@@ -239,8 +248,10 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
                 c0, c1, c2, c3 = multiply_16x8x16(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)
                 c0, c1, c2, c3 = multiply_16x8x16(a0, a1, a2, a3, low0, low1, c0, c1, c2, c3)
                 acc[m], acc[m + 1], acc[m + 2], acc[m + 3] = c0, c1, c2, c3
-            if following < end:
+            if following < end and roomy:
                 fetch_values(v, v_pages, page, following, end, lane)
+            elif following < end:
+                fetch_keys(k, k_pages, page, following, end, lane)
             base = following
         total += cuda.shfl_xor_sync(0xFFFFFFFF, total, 1)
         total += cuda.shfl_xor_sync(0xFFFFFFFF, total, 2)
@@ -308,4 +319,4 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
         """The dimension of a position, and as well the position of a dimension."""
         return (position & ~63) | (position & 7) << 3 | (position >> 3 & 7)
 
-    return Core(fetch, prepare, attend, own_key, weigh, element, dimension)
+    return Core(fetch, fetch_from, prepare, attend, own_key, weigh, element, dimension)

@@ -71,7 +71,7 @@ def _turn(head, weight, normed, eps, head_dim, half, cos, sin, target, lane):
 def _decode(head_dim: int, shared: int, fused: bool):
     """shared: query heads of a block."""
     layout = Layout(head_dim, shared, WARPS)
-    fetch, prepare, attend, own_key, weigh, element, dimension = make_core(head_dim, shared, WARPS)
+    fetch, _, prepare, attend, own_key, weigh, element, dimension = make_core(head_dim, shared, WARPS)
     width, words = shared * head_dim, head_dim // 4
     shift = head_dim.bit_length() - 1
     chunk = KEYS * WARPS  # keys that the warps of a block read at a time

@@ -55,6 +55,7 @@ MODULES = [
     "attention",
     "linear_float",
     "linear_int8",
+    "token_kernel",
     "experts",
     "bandwidth",
 ]

@@ -118,10 +118,19 @@ class Stream:
         self.enter()
         check(self.driver.cuStreamSynchronize(self.handle))
 
-    def launch(self, kernel: Kernel, grid: Any, *arguments: Any, shared: int = 0, threads: int | None = None) -> None:
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: Any,
+        *arguments: Any,
+        shared: int = 0,
+        threads: int | None = None,
+        together: bool = False,
+    ) -> None:
         """Queues (or captures) kernel(*arguments) on `grid` blocks: a number, or up to three.
 
-        shared: bytes of dynamic shared memory. threads: of a block, where fewer than the kernel's will do.
+        shared: bytes of dynamic shared memory. threads: of a block, where fewer than the kernel's will do. together:
+        blocks wait for each other, so all have to run at once: an error if they can't (a cooperative launch).
         """
         self.flush()
         self.enter()
@@ -133,7 +142,12 @@ class Stream:
         config.gridDimX, config.gridDimY, config.gridDimZ = x, y, z
         config.blockDimX, config.blockDimY, config.blockDimZ = threads or kernel.threads, 1, 1
         config.sharedMemBytes, config.hStream = shared, self.handle
-        if self.gpu.capability >= (9, 0):
+        if together:
+            cooperative = driver.CUlaunchAttribute()
+            cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            cooperative.value.cooperative = 1
+            config.attrs, config.numAttrs = [cooperative], 1
+        elif self.gpu.capability >= (9, 0):
             dependent = driver.CUlaunchAttribute()
             dependent.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             dependent.value.programmaticStreamSerializationAllowed = 1

@@ -78,6 +78,7 @@ def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Ke
     """kind: of weights. width: tokens of a tile. depth: how many blocks of 64 columns weights are loaded ahead. gated:
     W's rows are gate and up, and the result silu(gate) * up as HalfRows."""
     roomy = subtiles == 2  # more registers than an even share, which sm_90 knows how to deal
+    give_registers, take_registers = fewer_registers(40), more_registers(232)
     stages = STAGES
     zero, product, done = zeros(width), multiply(width), finished(width)
     spill_tile, add_tile = spill(width), add_spilled(width)
@@ -210,14 +211,14 @@ def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Ke
         let_next_kernel_start()
         if warp >= CONSUMERS // 32:
             if roomy:  # registers are dealt by warpgroup, so there are three idle warps beside the one that copies
-                fewer_registers()
+                give_registers()
             wait_for_previous_kernel()
             if warp == CONSUMERS // 32:
                 copy_tiles(address(x), x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, lane)
             return
 
         if roomy:
-            more_registers()
+            take_registers()
         group, g, t = int32(warp >> 2), int32(lane >> 2), int32(lane & 3)
         tile = int32(tiles_at + group * tile_bytes)
         rows = int32(2 * N if gated else N)

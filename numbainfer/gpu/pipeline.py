@@ -7,6 +7,8 @@ arrive.
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.cuda.extending import intrinsic
@@ -50,7 +52,7 @@ def _test_wait(barrier, parity):
 
 
 @instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", types.void, i32, i32, minimum=(9, 0))
-def _expect(barrier, size):
+def expect_bytes(barrier, size):
     """One arrival, and the phase waits for `size` more bytes."""
 
 
@@ -59,7 +61,7 @@ def _expect(barrier, size):
     *(types.void, i32, i64, i32, i32),
     minimum=(9, 0),
 )
-def _copy_bulk(to, source, size, barrier):
+def copy_bulk(to, source, size, barrier):
     """Starts the copy of `size` bytes, a multiple of 16, which counts its bytes at the barrier."""
 
 
@@ -73,14 +75,24 @@ def synchronize_threads(name, threads):
     """Waits for that many threads, whole warps, at the block's barrier number `name`; 0 is syncthreads' own."""
 
 
-@instruction("setmaxnreg.dec.sync.aligned.u32 40;", types.void, only=(9, 0))
-def fewer_registers():
-    """A warpgroup of a block of three keeps 40 registers a thread, so that the others may have more."""
+def fewer_registers(count: int) -> Any:
+    """The function with which all warps of a warpgroup keep only so many registers a thread, for others to have."""
+
+    @instruction(f"setmaxnreg.dec.sync.aligned.u32 {count};", types.void, only=(9, 0))
+    def dealt():
+        """Gives registers away."""
+
+    return dealt
 
 
-@instruction("setmaxnreg.inc.sync.aligned.u32 232;", types.void, only=(9, 0))
-def more_registers():
-    """A warpgroup of a block of three takes 232 registers a thread."""
+def more_registers(count: int) -> Any:
+    """The function with which all warps of a warpgroup take so many registers a thread, once others have given them."""
+
+    @instruction(f"setmaxnreg.inc.sync.aligned.u32 {count};", types.void, only=(9, 0))
+    def dealt():
+        """Takes registers."""
+
+    return dealt
 
 
 @device_function
@@ -97,8 +109,8 @@ def fetch(to, source, size, barrier, lane):
     """By a warp: starts the copy of `size` contiguous bytes, a multiple of 16, for a barrier of `fetch_arrivals()`."""
     if bulk_copies():
         if lane == 0:
-            _expect(barrier, size)
-            _copy_bulk(to, source, size, barrier)
+            expect_bytes(barrier, size)
+            copy_bulk(to, source, size, barrier)
     else:
         for offset in range(16 * lane, size, 16 * 32):
             copy_async_16(to + offset, source + offset)

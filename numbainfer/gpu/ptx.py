@@ -96,6 +96,20 @@ def address(typingctx, pointer):
 
 
 @intrinsic
+def words_at(typingctx, address):
+    """The pointer to 32-bit integers at an address."""
+    kind = types.CPointer(types.int32)
+    return kind(types.int64), lambda context, builder, sig, args: builder.inttoptr(args[0], ir.IntType(32).as_pointer())
+
+
+@intrinsic
+def halves_at(typingctx, address):
+    """The pointer to 16-bit values at an address."""
+    kind = types.CPointer(types.uint16)
+    return kind(types.int64), lambda context, builder, sig, args: builder.inttoptr(args[0], ir.IntType(16).as_pointer())
+
+
+@intrinsic
 def advance(typingctx, pointer, count):
     """pointer + count elements"""
     return pointer(pointer, types.int64), lambda context, builder, sig, args: builder.gep(args[0], [args[1]])
@@ -136,6 +150,11 @@ def load_f32(address):
     """4 bytes of activations."""
 
 
+@instruction("ld.global.u32 $0, [$1];", i32, i64)
+def load_i32(address):
+    """4 bytes, as a word."""
+
+
 @instruction("ld.global.v2.f32 {$0, $1}, [$2];", _f32x2, i64)
 def load_f32x2(address):
     """8 bytes of activations."""
@@ -166,9 +185,32 @@ def store_f32x4(address, a, b, c, d):
     """16 bytes of activations."""
 
 
-@instruction("prefetch.global.L2 [$0];", types.void, i64)
-def prefetch_l2(address):
-    """Asks for a line to be brought into L2."""
+# --- between blocks that run at the same time: numbers that tell by themselves whether they have come ---------------
+
+
+@instruction("ld.relaxed.gpu.global.v4.u32 {$0, $1, $2, $3}, [$4];", _i32x4, i64)
+def peek_i32x4(address):
+    """16 bytes as they stand at this moment, each 4 of them whole."""
+
+
+@instruction("ld.relaxed.gpu.global.u32 $0, [$1];", i32, i64)
+def peek_i32(address):
+    """4 bytes as they stand at this moment."""
+
+
+@instruction("ld.relaxed.gpu.global.u64 $0, [$1];", i64, i64)
+def peek_i64(address):
+    """8 bytes as they stand at this moment."""
+
+
+@instruction("st.relaxed.gpu.global.u32 [$0], $1;", types.void, i64, i32)
+def post_i32(address, value):
+    """4 bytes, for others to peek at."""
+
+
+@instruction("st.relaxed.gpu.global.u64 [$0], $1;", types.void, i64, i64)
+def post_i64(address, value):
+    """8 bytes, for others to peek at."""
 
 
 # --- shared memory -----------------------------------------------------------------------------------------------
@@ -189,6 +231,11 @@ def shared_i32(address):
     """4 bytes of shared memory."""
 
 
+@instruction("ld.volatile.shared.u32 $0, [$1];", i32, i32)
+def shared_peek_i32(address):
+    """4 bytes of shared memory as they stand at this moment."""
+
+
 @instruction("ld.shared.f32 $0, [$1];", f32, i32)
 def shared_f32(address):
     """4 bytes of shared memory, as a float."""
@@ -199,9 +246,24 @@ def shared_u16(address):
     """2 bytes of shared memory."""
 
 
+@instruction("ld.shared.u64 $0, [$1];", i64, i32)
+def shared_i64(address):
+    """8 bytes of shared memory."""
+
+
+@instruction("st.shared.u64 [$0], $1;", types.void, i32, i64)
+def shared_store_i64(address, value):
+    """8 bytes to shared memory."""
+
+
 @instruction("st.shared.u32 [$0], $1;", types.void, i32, i32)
 def shared_store_i32(address, value):
     """4 bytes to shared memory."""
+
+
+@instruction("st.shared.u16 [$0], $1;", types.void, i32, u16)
+def shared_store_u16(address, value):
+    """2 bytes to shared memory."""
 
 
 @instruction("st.shared.f32 [$0], $1;", types.void, i32, f32)
@@ -211,11 +273,6 @@ def shared_store_f32(address, value):
 
 @instruction("st.shared.v4.u32 [$0], {$1, $2, $3, $4};", types.void, i32, i32, i32, i32, i32)
 def shared_store_i32x4(address, a, b, c, d):
-    """16 bytes to shared memory."""
-
-
-@instruction("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", types.void, i32, f32, f32, f32, f32)
-def shared_store_f32x4(address, a, b, c, d):
     """16 bytes to shared memory."""
 
 
@@ -310,6 +367,11 @@ def reciprocal(value):
     """1 / value, to 1 unit in the last place."""
 
 
+@instruction("rsqrt.approx.ftz.f32 $0, $1;", f32, f32, effects=False)
+def inverse_root(value):
+    """1 / sqrt(value), to 2 units in the last place."""
+
+
 @instruction("div.u32 $0, $1, $2;", i32, i32, i32, effects=False)
 def divide(a, b):
     """a // b of numbers that are not negative, in 32 bits: a tenth of the instructions that 64 take."""
@@ -379,24 +441,9 @@ def multiply_16x8x16(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
 # --- between blocks and kernels ----------------------------------------------------------------------------------
 
 
-@instruction("ld.acquire.gpu.global.u32 $0, [$1];", i32, i64)
-def load_acquire(address):
-    """Reads a flag; what its writer wrote before releasing it is visible afterwards."""
-
-
 @instruction("atom.add.acq_rel.gpu.global.u32 $0, [$1], $2;", i32, i64, i32)
 def fetch_add(address, amount):
     """Adds and returns what stood there; orders this thread's memory accesses around it."""
-
-
-@instruction("red.release.gpu.global.add.u32 [$0], $1;", types.void, i64, i32)
-def add_release(address, amount):
-    """Adds; what this thread wrote before is visible to who acquires it."""
-
-
-@instruction("st.release.gpu.global.u32 [$0], $1;", types.void, i64, i32)
-def store_release(address, value):
-    """Writes a flag, after all that this thread wrote before."""
 
 
 @instruction("griddepcontrol.wait;", types.void, minimum=(9, 0))

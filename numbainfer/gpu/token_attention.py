@@ -1,0 +1,249 @@
+"""The attention step of the whole-token kernel: RoPE, the store into the cache, and attention over it.
+
+A block is one unit of query heads, which share a key/value head, and one part of the keys; most blocks have none where
+the text is short. Keys of earlier tokens are asked for before the step's own have come. Parts are merged by the block
+of the first, to which the others leave sums as pairs of a number and of the turn that it belongs to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import cuda
+from numpy import float32, int32, int64
+
+from numbainfer.gpu.attention_core import make_core
+from numbainfer.gpu.compile import device_function
+from numbainfer.gpu.pipeline import synchronize_threads
+from numbainfer.gpu.ptx import (
+    as_float,
+    as_int,
+    divide,
+    exp2,
+    float_to_half,
+    half_to_float,
+    halves_at,
+    inverse_root,
+    load_constant_f32,
+    peek_i32,
+    peek_i64,
+    post_i32,
+    post_i64,
+    reciprocal,
+    shared_f32,
+    shared_i32,
+    shared_i64,
+    shared_store_f32,
+    shared_store_u16,
+    words_at,
+)
+from numbainfer.gpu.reduce import warp_max, warp_sum
+from numbainfer.gpu.rope import saturated
+from numbainfer.gpu.token_plan import K_PAGES, PAGES, Q_NORM, ROTATED, V_PAGES, WINDOW, Plan
+
+CHUNK = 16  # keys of a warp at a time
+BATCH = 16  # parts that a thread merges at a time
+
+
+def make_attention(plan: Plan) -> Any:
+    """The step as a device function of the whole block."""
+    head_dim, shared, warps, threads = plan.head_dim, plan.shared, plan.warps, 32 * plan.warps
+    layout, core = plan.attention, make_core(plan.head_dim, plan.shared, plan.warps)
+    fetch_from, attend, weigh, element, dimension = (
+        core.fetch_from,
+        core.attend,
+        core.weigh,
+        core.element,
+        core.dimension,
+    )
+    area, at_angles, at_pages = plan.area, plan.angles, plan.pages
+    at_queries, row_bytes = plan.area + layout.queries, layout.row
+    at_key, at_value = plan.area + 4 * shared * head_dim, plan.area + 4 * (shared + 1) * head_dim
+    at_values, piece_bytes = plan.area + layout.values, layout.piece
+    at_tops, at_totals, at_summary = plan.area + layout.tops, plan.area + layout.totals, plan.area + layout.summary
+    head_shift = head_dim.bit_length() - 1
+    width, words, per_lane = shared * head_dim, head_dim // 4, head_dim // 32
+    at_once = warps * CHUNK  # keys of the block
+
+    @device_function
+    def await_head(v, source, tag, lane):
+        """One warp: a head from global memory, as soon as it has come, elements lane + 32 j."""
+        late = int32(3)
+        while late & 3:
+            late = int32(0)
+            for j in range(per_lane):
+                bits = peek_i32(source + 4 * (lane + 32 * j))
+                late |= bits ^ tag
+                v[j] = as_float(bits)
+
+    @device_function
+    def turn_head(memory, v, norm, weights, eps, rotated, lane):
+        """One warp: its norm and rotation (Su et al. 2021): element i goes with i + d / 2, which the lane has too."""
+        if norm != 0:
+            squares = float32(0)
+            for j in range(per_lane):
+                squares += v[j] * v[j]
+            factor = inverse_root(warp_sum(squares) / float32(head_dim) + eps)
+            for j in range(per_lane):
+                v[j] *= factor * weights[j]
+        if rotated:
+            for j in range(per_lane // 2):
+                at = int32(memory + at_angles + 4 * (lane + 32 * j))
+                cos, sin = shared_f32(at), shared_f32(int32(at + 2 * head_dim))
+                first, second = v[j], v[j + per_lane // 2]
+                v[j], v[j + per_lane // 2] = first * cos - second * sin, second * cos + first * sin
+
+    @device_function
+    def merge(memory, values, statistics, place, active, mark, mixed, tag, thread, warp, lane):
+        """Merges the parts' sums, those of the first at `place`, into the result at `mixed`."""
+        if warp < shared:
+            at = statistics + 16 * ((place + min(lane, active - 1)) * shared + warp)
+            while True:
+                top, total = peek_i64(at), peek_i64(at + 8)
+                if top >> 32 == mark and total >> 32 == mark:
+                    break
+            top_value, total_value = as_float(int32(top)), as_float(int32(total))
+            largest = warp_max(top_value)
+            decay = exp2(top_value - largest) if lane < active else float32(0)
+            weights = warp_sum(decay * total_value)
+            shared_store_f32(memory + at_tops + 4 * (32 * warp + lane), decay)
+            if lane == 0:
+                shared_store_f32(memory + at_summary + 8 * warp + 4, weights)
+        synchronize_threads(1, threads)
+        words = cuda.local.array(BATCH, int64)
+        i = thread
+        while i < width:
+            h, value = i >> head_shift, float32(0)
+            p = int32(0)
+            while p < active:
+                while True:
+                    late = int64(0)
+                    for j in range(BATCH):
+                        words[j] = peek_i64(values + 8 * (int64(place + min(p + j, active - 1)) * width + i))
+                        late |= (words[j] >> 32) ^ mark
+                    if late == 0:
+                        break
+                for j in range(BATCH):
+                    factor = shared_f32(memory + at_tops + 4 * (32 * h + min(p + j, int32(31))))
+                    value += (factor if p + j < active else float32(0)) * as_float(int32(words[j]))
+                p = int32(p + BATCH)
+            value /= shared_f32(memory + at_summary + 8 * h + 4)
+            post_i32(mixed + 4 * (h * head_dim + dimension(i & (head_dim - 1))), (as_int(value) & int32(-4)) | tag)
+            i += threads
+
+    @device_function
+    def attention(
+        memory, layer, turn, position, block, thread, warp, lane, heads, kv_heads, units_per_key, scale, eps,
+        half, parts_shift, qkv, mixed, part_values, part_statistics,
+    ):  # fmt: skip
+        """layer: where the layer's row of the table continues in shared memory; turn: see token_kernel.py."""
+        unit, part = block >> parts_shift, block & ((int32(1) << parts_shift) - 1)
+        first_head, g = int32(unit * shared), divide(unit, units_per_key)
+        window = int32(shared_i64(layer + 8 * (WINDOW - K_PAGES)))
+        lowest = max(int32(0), int32(position + 1 - window)) if window else int32(0)
+        begin = lowest >> 6 << 6
+        chunks = int32((position - begin + at_once - 1) // at_once)
+        per_part = max(
+            int32(2), (chunks + (int32(1) << parts_shift) - 1) >> parts_shift
+        )  # merging takes as long as one
+        active = max(int32(1), divide(chunks + per_part - 1, per_part))
+        if first_head >= heads or part >= active:
+            return
+        start = int32(begin + part * per_part * at_once)
+        end = min(int32(start + per_part * at_once), position)
+        k_address = shared_i64(layer)
+        v_address = shared_i64(layer + 8 * (V_PAGES - K_PAGES))
+        k_pages, v_pages = halves_at(k_address), halves_at(v_address)
+        table = words_at(shared_i64(int32(memory + at_pages)))
+        k, v = cuda.local.array(words, int32), cuda.local.array(words, int32)
+        base = int32(start + CHUNK * warp)
+        if base < end:
+            number = base >> 6
+            page = shared_i32(int32(memory + at_pages + 16 + 4 * number)) if number < PAGES else table[number]
+            fetch_from(k, v, k_pages, v_pages, int32(page * kv_heads + g), base, end, lane)
+        # Warps for the query heads, the key and the value; behind them some for rows of zeros.
+        tag, own = turn & int32(3), part == active - 1  # own: the block that sees the step's own key
+        v_own, weights = cuda.local.array(per_lane, float32), cuda.local.array(per_lane, float32)
+        norm = int64(0)
+        if warp <= shared:
+            norm = shared_i64(int32(layer + 8 * (Q_NORM - K_PAGES + (warp == shared))))
+        for j in range(per_lane):
+            v_own[j] = float32(0)
+            weights[j] = load_constant_f32(norm + 4 * (lane + 32 * j)) if norm != 0 else float32(0)
+        factor = scale * float32(1.4426950408889634)
+        if warp < shared + 2:
+            head = first_head + warp if warp < shared else heads + g if warp == shared else heads + kv_heads + g
+            await_head(v_own, qkv + 4 * head_dim * int64(head), tag, lane)
+            if warp <= shared:
+                rotated = shared_i64(int32(layer + 8 * (ROTATED - K_PAGES))) != 0
+                turn_head(memory, v_own, norm, weights, eps, rotated, lane)
+        synchronize_threads(1, threads)  # the step before has done with the area
+        if warp < shared or (warp >= shared + 2 and warp < 10):
+            # Where attention_core.Layout.queries has elements lane + 32 j.
+            word = lane >> 1
+            place = int32(((word & 2) << 3) + (word & 12) + 2 * (word & 1))
+            row = warp if warp < shared else int32(warp - 2)
+            to = int32(memory + at_queries + row_bytes * row + 4 * place + 2 * (lane & 1))
+            for j in range(per_lane):
+                value = v_own[j] * factor
+                high = float_to_half(value)
+                shared_store_u16(int32(to + 128 * j), high)
+                shared_store_u16(int32(to + 128 * j + 4), float_to_half(value - half_to_float(high)))
+        elif warp < shared + 2 and own:
+            slot = ((int64(table[position >> 6]) * kv_heads + g) * 64 + (position & 63)) * head_dim + lane
+            for j in range(per_lane):
+                bits = float_to_half(saturated(v_own[j]))
+                shared_store_f32(
+                    int32(memory + (at_key if warp == shared else at_value) + 4 * (lane + 32 * j)), half_to_float(bits)
+                )
+                if warp == shared:
+                    k_pages[slot + 32 * j] = bits
+                else:
+                    v_pages[slot + 32 * j] = bits
+        synchronize_threads(1, threads)
+        if base < end:
+            attend(memory + area, k, v, k_pages, v_pages, table, kv_heads, g, base, end, lowest, warp, lane)
+        pieces = min(int32((max(end - start, 0) + CHUNK - 1) // CHUNK), int32(warps))  # warps that saw keys
+        if own:
+            if warp < shared:
+                score = float32(0)
+                to = int32(memory + at_values + piece_bytes * (shared * pieces + warp))
+                for j in range(per_lane):
+                    i = int32(lane + 32 * j)
+                    score += v_own[j] * shared_f32(int32(memory + at_key + 4 * i))
+                    shared_store_f32(int32(to + 4 * dimension(i)), shared_f32(int32(memory + at_value + 4 * i)))
+                score = warp_sum(score) * factor
+                if lane == 0:
+                    at = int32(memory + 128 * warp + 4 * pieces)
+                    shared_store_f32(int32(at + at_tops), score)
+                    shared_store_f32(int32(at + at_totals), float32(1))
+            pieces = int32(pieces + 1)
+        synchronize_threads(1, threads)
+        if warp < shared:
+            weigh(memory + area, pieces, warp, lane)
+        synchronize_threads(1, threads)
+
+        place, mark = int32((unit << parts_shift) + part), (int64(turn) & int64(0x3FFFFFFF)) + 1
+        result = mixed + 4 * first_head * head_dim
+        i = thread
+        while i < width:
+            h, at = i >> head_shift, i & (head_dim - 1)
+            value = element(memory + area, pieces, h, at)
+            if active == 1:
+                value *= reciprocal(shared_f32(memory + at_summary + 8 * h + 4))
+                post_i32(result + 4 * (h * head_dim + dimension(at)), (as_int(value) & int32(-4)) | tag)
+            else:
+                post_i64(
+                    part_values + 8 * (int64(place) * width + i), (mark << 32) | (int64(as_int(value)) & 0xFFFFFFFF)
+                )
+            i += threads
+        if active > 1:
+            if thread < 2 * shared:
+                bits = int64(as_int(shared_f32(memory + at_summary + 4 * thread))) & 0xFFFFFFFF
+                post_i64(part_statistics + 8 * (place * 2 * shared + thread), (mark << 32) | bits)
+            synchronize_threads(1, threads)
+            if part == 0:
+                merge(memory, part_values, part_statistics, place, active, mark, result, tag, thread, warp, lane)
+        synchronize_threads(1, threads)
+
+    return attention

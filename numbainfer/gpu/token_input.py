@@ -1,0 +1,97 @@
+"""The input of a step of the whole-token kernel: awaited from all blocks, or a token's embedding; then quantized."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from numba import cuda
+from numpy import float32, int32
+
+from numbainfer.gpu.compile import device_function
+from numbainfer.gpu.pipeline import synchronize_threads
+from numbainfer.gpu.ptx import (
+    as_float,
+    half_to_float,
+    peek_i32,
+    peek_i32x4,
+    permute,
+    reciprocal,
+    round_to_int,
+    shared_store_f32,
+    shared_store_i32,
+)
+from numbainfer.gpu.quantize import TINY, TOP
+from numbainfer.gpu.token_plan import Plan
+
+
+class Input(NamedTuple):
+    """Functions for the kernel. `v` is a thread's part of the vector: of every `threads` quads of numbers one."""
+
+    await_numbers: Any
+    embed: Any
+    quantize: Any
+
+
+def make_input(plan: Plan) -> Input:
+    """The functions for a plan."""
+    threads, quads, norm_quads, widest = 32 * plan.warps, plan.quads, plan.norm_quads, plan.widest
+    at_codes, at_scales = plan.area, plan.scales
+    group_lanes, shift = plan.group // 4, plan.group.bit_length() - 1
+
+    @device_function
+    def await_numbers(source, tag, width, v, thread):
+        """This thread's quads of a vector in global memory, as soon as all have come."""
+        last = int32((width >> 2) - 1)
+        if thread < 32:  # a few of them at first, so as not to keep the memory busy; when they have come, so have most
+            sample = source + 4 * (((thread + 1) * width >> 5) - 1)
+            while (peek_i32(sample) ^ tag) & 3 != 0:
+                pass
+        synchronize_threads(1, threads)
+        late = int32(3)
+        while late & 3:
+            late = int32(0)
+            for j in range(quads):
+                quad = int32(thread + int32(threads * j))
+                if int32(threads * j) <= last:
+                    a, b, c, d = peek_i32x4(source + 16 * min(quad, last))
+                    late |= (a ^ tag) | (b ^ tag) | (c ^ tag) | (d ^ tag)
+                    v[4 * j], v[4 * j + 1] = as_float(a), as_float(b)
+                    v[4 * j + 2], v[4 * j + 3] = as_float(c), as_float(d)
+
+    @device_function
+    def embed(codes, scales, start, known, width, v, thread):
+        """This thread's quads of a token's embedding, which begins at `start`."""
+        for j in range(norm_quads):
+            quad = min(int32(thread + int32(threads * j)), int32((width >> 2) - 1))
+            scale = half_to_float(scales[(start + 4 * quad) >> shift]) if known else float32(0)
+            for b in range(4):
+                v[4 * j + b] = float32(codes[start + 4 * quad + b]) * scale if known else float32(0)
+
+    @device_function
+    def quantize(memory, v, width, thread):
+        """A thread's quads to shared memory, as quantization.QuantizedRows has them, but for low bytes of -128."""
+        for j in range(quads):
+            if int32(threads * j * 4) < width:
+                quad = int32(thread + int32(threads * j))
+                inside = quad < width >> 2
+                largest = max(abs(v[4 * j]), abs(v[4 * j + 1]), abs(v[4 * j + 2]), abs(v[4 * j + 3]))
+                largest = largest if inside else float32(0)
+                step = group_lanes // 2
+                while step:
+                    largest = max(largest, cuda.shfl_xor_sync(0xFFFFFFFF, largest, step))
+                    step //= 2
+                inverse = TOP * reciprocal(largest) if largest > TINY else float32(0)
+                a, b = round_to_int(v[4 * j] * inverse), round_to_int(v[4 * j + 1] * inverse)
+                c, d = round_to_int(v[4 * j + 2] * inverse), round_to_int(v[4 * j + 3] * inverse)
+                low = permute(permute(a, b, int32(0x0040)), permute(c, d, int32(0x0040)), int32(0x5410))
+                half = int32(128)
+                ab = permute(int32(a + half), int32(b + half), int32(0x0051))
+                high = permute(ab, permute(int32(c + half), int32(d + half), int32(0x0051)), int32(0x5410))
+                if inside:
+                    at = int32(memory + at_codes + 4 * quad)
+                    shared_store_i32(at, high)
+                    shared_store_i32(int32(at + widest), low)
+                    if quad & int32(group_lanes - 1) == 0:
+                        shared_store_f32(int32(memory + at_scales + 4 * (quad >> (shift - 2))), largest / TOP)
+
+    return Input(await_numbers, embed, quantize)

@@ -1,0 +1,182 @@
+"""How a model is cut for the kernel that runs one token through all of it (token_kernel.py): its constants."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from functools import cached_property
+
+from numbainfer.gpu.attention_core import Layout
+
+WARPS = 16
+MOST_PART = 2048  # bytes of a row that a warp takes at a time
+
+SLOT = 8 << 10  # bytes of a slot of the ring, or a row where that is longer
+IN_FLIGHT = 3  # slots that copies are under way to: more would only hold up what blocks exchange
+
+# A layer's weights are streamed as five runs: a matrix each, or gate and up by themselves, which have one shape.
+RUNS = 5
+QKV_SHAPE, OUTPUT_SHAPE, GATE_SHAPE, DOWN_SHAPE, HEAD_SHAPE = range(5)
+SHAPES = 5
+
+# Columns of the table of pointers, int64 [layers + 1, COLUMNS]: codes and scales of each run, biases, norms, the rest
+# of the layer. The row behind the layers is the head's: its run 0, and the norm before it.
+BIAS, UP_BIAS, DOWN_BIAS, NORM, MLP_NORM = 10, 13, 14, 15, 16  # BIAS: of QKV, output, gate
+K_PAGES, V_PAGES, Q_NORM, K_NORM, WINDOW, ROTATED = range(17, 23)
+COLUMNS = 24
+SHAPE = 8  # numbers that a block keeps of each shape
+PAGES = 512  # of the page table that a block keeps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kernel's constants, and by them the layout of a block's shared memory, in bytes.
+
+    widest: of the matrices' inputs; part: most columns of a row that a warp takes at a time; items: most of these that
+    a block has of a matrix; slots: of the ring; warps: that multiply.
+    """
+
+    head_dim: int
+    shared: int  # query heads of a block, in attention
+    layers: int
+    hidden: int
+    widest: int
+    group: int
+    part: int
+    items: int
+    slots: int
+    warps: int
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All of them."""
+        return astuple(self)
+
+    @property
+    def copies(self) -> int:
+        """Pieces of 16 bytes of a part, for a lane."""
+        return -(-self.part // 512)
+
+    @property
+    def quads(self) -> int:
+        """Of a step's input, for a thread."""
+        return -(-self.widest // (128 * self.warps))
+
+    @property
+    def norm_quads(self) -> int:
+        """The same where a norm is before it."""
+        return -(-self.hidden // (128 * self.warps))
+
+    @property
+    def slot_codes(self) -> int:
+        """Of a slot of the ring: some rows' codes."""
+        return max(SLOT, self.widest)
+
+    @property
+    def slot(self) -> int:
+        """Of the ring: codes, then their scales, with what is before and behind them in their 16 bytes."""
+        return self.slot_codes + (2 * (self.slot_codes // self.group) + 45) // 16 * 16
+
+    @property
+    def full(self) -> int:
+        """Barriers: a slot is full."""
+        return self.slots * self.slot
+
+    @property
+    def progress(self) -> int:
+        """Of each warp: the number of the slot that it is at, of all that were filled."""
+        return self.full + 16 * -(-self.slots // 2)
+
+    @property
+    def table(self) -> int:
+        return self.progress + 4 * self.warps
+
+    @property
+    def shapes(self) -> int:
+        return self.table + 8 * (self.layers + 1) * COLUMNS
+
+    @property
+    def angles(self) -> int:
+        return self.shapes + 4 * SHAPE * SHAPES
+
+    @property
+    def squares(self) -> int:
+        return self.angles + 4 * self.head_dim
+
+    @property
+    def pages(self) -> int:
+        """The address of the sequence's row of the page table, then a copy of its first PAGES numbers."""
+        return self.squares + 4 * self.warps
+
+    @property
+    def own(self) -> int:
+        return self.pages + 16 + 4 * PAGES
+
+    @property
+    def sums(self) -> int:
+        return self.own + 128 * self.warps
+
+    @property
+    def area(self) -> int:
+        """What the steps use in turn: a product's input, or attention's."""
+        return self.sums + 16 * -(-self.items // 4)
+
+    @property
+    def scales(self) -> int:
+        return self.area + 2 * self.widest
+
+    @cached_property
+    def attention(self) -> Layout:
+        return Layout(self.head_dim, self.shared, self.warps)
+
+    @property
+    def nbytes(self) -> int:
+        return max(self.scales + 4 * (self.widest // self.group), self.area + self.attention.nbytes)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A kind of matrix. pairs: its rows, or where it is gate and up, half of them; parts: of each row, each for a warp
+    of its own, a power of two."""
+
+    pairs: int
+    halves: int
+    width: int
+    parts: int
+    part: int  # columns of a part: whole groups
+
+
+def cut(pairs: int, halves: int, width: int, group: int, blocks: int, warps: int) -> Shape | None:
+    """The parts of a row with which the busiest warp has least to do: a part costs as much as 512 bytes of it do. None:
+    rows are too wide."""
+    best = None
+    parts = 1
+    while parts <= warps:
+        part = -(-(width // group) // parts) * group
+        rounds = -(-(-(-pairs // blocks) * parts) // warps) * halves
+        cost = rounds * (512 + 512 * -(-part // 512))
+        if part <= MOST_PART and (parts - 1) * part < width and (best is None or cost < best[0]):
+            best = cost, Shape(pairs, halves, width, parts, part)
+        parts *= 2
+    return None if best is None else best[1]
+
+
+def make_plan(
+    head_dim: int,
+    shared: int,
+    layers: int,
+    hidden: int,
+    group: int,
+    shapes: list[Shape],
+    blocks: int,
+    warps: int,
+    most: int,
+) -> Plan | None:
+    """The plan with the longest ring that fits `most` bytes; None where it would be too short."""
+    widest = max(shape.width for shape in shapes)
+    items = max(-(-shape.pairs // blocks) * shape.halves * shape.parts for shape in shapes)
+    part = max(shape.part for shape in shapes)
+    for slots in range(32, IN_FLIGHT, -1):
+        plan = Plan(head_dim, shared, layers, hidden, widest, group, part, items, slots, warps)
+        if plan.nbytes <= most:
+            return plan
+    return None

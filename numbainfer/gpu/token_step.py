@@ -1,0 +1,146 @@
+"""A step of one token as one kernel: tables of a model's weights, the vectors that blocks exchange, the launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from numbainfer.gpu.launch import Stream
+from numbainfer.gpu.memory import DeviceArray
+from numbainfer.gpu.token_kernel import _token
+from numbainfer.gpu.token_plan import COLUMNS, NORM, SLOT, WARPS, Plan, Shape, cut, make_plan
+from numbainfer.memory import MemoryPool
+from numbainfer.quantization import QuantizedMatrix
+
+MOST_PARTS = 32  # of the keys: a lane each when they are merged
+RESERVED = 1 << 10  # bytes of a block's shared memory that are not the plan's
+
+
+class TokenStep:
+    """One token through all layers, in one launch. `launch` may be captured; the model's arrays have to stay."""
+
+    def __init__(
+        self, stream: Stream, pool: MemoryPool, plan: Plan, blocks: int, shapes: list[Shape], model: Any
+    ) -> None:
+        self.stream, self.pool, self.plan, self.blocks = stream, pool, plan, blocks
+        self.config, self.cache, self.embedding = model.config, model.cache, model.embedding
+        self.cos, self.sin = model.cos, model.sin
+        self.kernel = _token(*plan.numbers)
+        config, self.held = model.config, list[DeviceArray]()
+        self.units = config.heads // plan.shared
+        self.parts_shift = min(MOST_PARTS, max(1, blocks // self.units)).bit_length() - 1
+        parts = self.units << self.parts_shift
+        self.table = self._put(_table(model))
+        numbers = [[shape.pairs, shape.parts.bit_length() - 1, shape.width, shape.part] for shape in shapes]
+        self.shapes = self._put(np.array(numbers, np.int32))
+        # No number's tag is right before the first is written: the first tag is 0.
+        self.x, self.qkv, self.mixed, self.inner = (
+            self._put(np.full(size, -1, np.int32).view(np.float32))
+            for size in (config.hidden_size, shapes[0].pairs, shapes[1].width, shapes[3].width)
+        )
+        self.part_values = self._put(np.zeros(parts * plan.shared * plan.head_dim, np.int64))
+        self.part_statistics = self._put(np.zeros(parts * plan.shared * 2, np.int64))
+        self.state, self.best = self._put(np.zeros(2, np.int32)), self._put(np.full(blocks, -1, np.int64))
+
+    def _put(self, host: np.ndarray) -> DeviceArray:
+        array = self.pool.empty(host.shape, host.dtype)
+        array[...] = host
+        self.held.append(array)
+        return array
+
+    def launch(self, tokens: Any, positions: Any, sequences: Any, logits: Any, history: Any) -> None:
+        """tokens, positions, sequences [1]; logits [1, vocabulary] or None for none of them. history: see
+        registry.greedy, which is then done too; or None."""
+        config, embedding, plan = self.config, self.embedding, self.plan
+        self.stream.launch(
+            self.kernel,
+            self.blocks,
+            *(self.table, self.shapes, config.layers, int(logits is not None)),
+            *(tokens, positions, sequences),
+            *(embedding.codes, embedding.scales, config.vocab_size),
+            *(config.heads, config.kv_heads, config.heads // config.kv_heads // plan.shared),
+            *(config.head_dim**-0.5, config.norm_eps, self.cos.shape[1], self.cos, self.sin),
+            *(self.cache.page_table, self.cache.page_table.shape[1], self.parts_shift),
+            *(self.x, self.qkv, self.mixed, self.inner, self.part_values, self.part_statistics, self.state),
+            *(logits, self.best, history, 0 if history is None else len(history)),
+            shared=plan.nbytes,
+            together=True,
+        )
+
+    def release(self) -> None:
+        """Gives its memory back to the pool."""
+        for array in self.held:
+            self.pool.release(array)
+
+
+def _table(model: Any) -> np.ndarray:
+    """The pointers of token_plan.py, int64 [layers + 1, COLUMNS]."""
+
+    def run(weight: Any, row: int = 0) -> list[int]:
+        """From a row on."""
+        codes, scales = weight.codes, weight.scales
+        return [codes.pointer + row * codes.shape[1], scales.pointer + 2 * row * scales.shape[1]]
+
+    def pointer(array: Any, first: int = 0) -> int:
+        return 0 if array is None else array.pointer + 4 * first
+
+    table = np.zeros((len(model.layers) + 1, COLUMNS), np.int64)
+    for row, layer, k_pages, v_pages in zip(
+        table, model.layers, model.cache.k_pages, model.cache.v_pages, strict=False
+    ):
+        up = layer.gate_up.shape[0] // 2
+        biases = (layer.qkv_bias, layer.output_bias, layer.gate_up_bias)
+        row[:23] = [
+            *(*run(layer.qkv), *run(layer.output), *run(layer.gate_up), *run(layer.gate_up, up), *run(layer.down)),
+            *(*map(pointer, biases), pointer(layer.gate_up_bias, up), pointer(layer.down_bias)),
+            *(pointer(layer.attention_norm), pointer(layer.mlp_norm), k_pages.pointer, v_pages.pointer),
+            *(pointer(layer.q_norm), pointer(layer.k_norm), layer.window, int(layer.rotated)),
+        ]
+    table[-1, :2], table[-1, NORM] = run(model.head), pointer(model.norm)
+    return table
+
+
+def token_step(stream: Stream, pool: MemoryPool, model: Any, warps: int = WARPS) -> TokenStep | None:
+    """See registry.token_step. warps: of a block, a multiple of 4; fewer for tests."""
+    config, layers, gpu = model.config, model.layers, stream.gpu
+    of_layers = [(layer.qkv, layer.output, layer.gate_up, layer.down) for layer in layers]
+    matrices = [matrix for row in of_layers for matrix in row] + [model.embedding, model.head]
+    if gpu.capability != (9, 0) or not all(isinstance(matrix, QuantizedMatrix) for matrix in matrices):
+        return None
+    alike = len({tuple(matrix.shape for matrix in row) for row in of_layers}) == 1
+    groups = {matrix.group for matrix in matrices}
+    turned = 2 * model.cos.shape[1] == config.head_dim or not any(layer.rotated for layer in layers)
+    if not (alike and len(groups) == 1 and turned and config.head_dim in (64, 128)):
+        return None
+    if model.cache.k_pages[0].dtype != np.float16:
+        return None
+    group, of_key = groups.pop(), config.heads // config.kv_heads
+    shared = next(n for n in range(min(8, of_key), 0, -1) if of_key % n == 0)
+    kinds = list(zip((*of_layers[0], model.head), (1, 1, 2, 1, 1), strict=True))
+    blocks = min(gpu.multiprocessors, *(matrix.shape[0] // halves for matrix, halves in kinds))
+    cuts = [cut(matrix.shape[0] // halves, halves, matrix.shape[1], group, blocks, warps) for matrix, halves in kinds]
+    shapes = [shape for shape in cuts if shape is not None]
+    if len(shapes) < len(cuts):
+        return None
+    plan = make_plan(
+        *(config.head_dim, shared, config.layers, config.hidden_size, group, shapes, blocks, warps),
+        gpu.shared_memory - RESERVED,
+    )
+    if plan is None or not _fits(plan, blocks, shapes, layers[0], config.heads // shared):
+        return None
+    return TokenStep(stream, pool, plan, blocks, shapes, model)
+
+
+def _fits(plan: Plan, blocks: int, shapes: list[Shape], layer: Any, units: int) -> bool:
+    """Whether the kernel's simplifications hold: a thread for what a block has of some things, numbers that fit."""
+    threads = 32 * plan.warps
+    rows = [-(-shape.pairs // blocks) for shape in shapes]
+    biases = (layer.qkv_bias, layer.output_bias, layer.gate_up_bias, layer.down_bias)
+    biased = [count * shape.parts for count, shape, bias in zip(rows, shapes, biases, strict=False) if bias is not None]
+    per_slot = [max(SLOT, shape.width) // shape.width for shape in shapes]
+    return (
+        max(units, blocks, rows[1], *biased) <= threads
+        and units <= blocks
+        and all(count * some < 1 << 16 for count, some in zip(rows, per_slot, strict=True))
+    )

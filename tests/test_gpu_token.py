@@ -1,0 +1,219 @@
+"""A step of one token as one kernel, run in Python (simt.py), against the CPU's operators."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba_cuda", reason="the gpu extra is not installed")
+
+import simt
+from building import Checkpoints, build_model, difference, source_weights
+from conftest import operators
+from numba import cuda
+from numpy import int32, int64
+from tiny_models import TOKEN_CONFIGS
+
+from numbainfer.gpu.compile import kernel
+from numbainfer.gpu.pipeline import barrier_init, barrier_wait
+from numbainfer.gpu.ptx import address, peek_i32, post_i32, shared_address
+from numbainfer.gpu.token_plan import Shape
+from numbainfer.gpu.token_step import TokenStep, token_step
+from numbainfer.kv_cache import PAGE, KVCache, Sequence
+from numbainfer.model import Model
+from numbainfer.quantization import QuantizedMatrix
+
+SLOTS = 3  # of the history
+SHARED_MEMORY = 227 << 10  # bytes of a block, on an H100
+
+
+class Array(np.ndarray):
+    """A NumPy array that knows its pointer, as device arrays do."""
+
+    @property
+    def pointer(self) -> int:
+        return self.ctypes.data
+
+
+class Emulated:
+    """A model's step of one token on a GPU of so many multiprocessors. It is the stream and the pool too."""
+
+    def __init__(self, model: Model, blocks: int, order: int | None) -> None:
+        self.gpu = SimpleNamespace(capability=(9, 0), multiprocessors=blocks, shared_memory=SHARED_MEMORY)
+        self.order, self.held = order, list[np.ndarray]()
+        layers = [
+            replace(layer, **{f.name: self._seen(getattr(layer, f.name)) for f in fields(layer)})
+            for layer in model.layers
+        ]
+        k_pages, v_pages = (list(map(self._seen, pages)) for pages in (model.cache.k_pages, model.cache.v_pages))
+        cache = SimpleNamespace(k_pages=k_pages, v_pages=v_pages, page_table=model.cache.page_table)
+        others = {name: self._seen(getattr(model, name)) for name in ("embedding", "head", "norm", "cos", "sin")}
+        seen = SimpleNamespace(config=model.config, layers=layers, cache=cache, **others)
+        made = token_step(self, self, seen)  # type: ignore[arg-type]
+        assert isinstance(made, TokenStep)
+        self.step = made
+
+    def _seen(self, value: Any) -> Any:
+        """An array, or what has some, with pointers."""
+        if isinstance(value, QuantizedMatrix):
+            return replace(value, codes=self._seen(value.codes), scales=self._seen(value.scales))
+        if isinstance(value, np.ndarray):
+            value = value.view(Array)
+            self.held.append(value)
+        return value
+
+    def launch(self, kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
+        """As a stream."""
+        simt.launch(kernel, grid, *arguments, **options, order=self.order, others=self.held)
+
+    def empty(self, shape: Any, dtype: Any) -> Array:
+        """As a pool."""
+        return np.zeros(shape, dtype).view(Array)
+
+
+def filled(model: Model, text: list[int]) -> Sequence:
+    """A sequence of which the cache holds a text."""
+    sequence = model.cache.add_sequence()
+    for start in range(0, len(text), model.chunk):
+        part = text[start : start + model.chunk]
+        model.cache.append(sequence, part)
+        model.step(part, np.arange(start, start + len(part)), sequence.row, "none")
+    return sequence
+
+
+def stored(cache: KVCache, sequence: Sequence, position: int) -> np.ndarray:
+    """Of all layers, the keys and values at a position."""
+    page, slot = sequence.pages[position // PAGE], position % PAGE
+    return np.array([pages[page, :, slot] for pages in (*cache.k_pages, *cache.v_pages)], np.float32)
+
+
+def narrow(pairs: int, halves: int, width: int, group: int, blocks: int, warps: int) -> Shape:
+    """In place of token_plan.cut: rows in up to 4 parts, and a thread for each of a block's."""
+    shapes = [Shape(pairs, halves, width, parts, -(-(width // group) // parts) * group) for parts in (4, 2, 1)]
+    most = 32 * warps // -(-pairs // blocks)
+    return next(shape for shape in shapes if (shape.parts - 1) * shape.part < width and shape.parts <= most)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "blocks", "past", "steps", "order"),
+    [
+        ("token_llama", 64, 2, 0, "gl-g", None),
+        ("token_wide", 64, 3, 3, "g", None),
+        ("token_qwen2", 32, 2, 560, "gg", 1),  # two parts of the keys, to be merged
+        ("token_qwen3", 64, 2, 63, "gg", 2),
+        ("token_biases", 64, 3, 5, "lg", 3),
+        ("token_window", 32, 2, 150, "lg", 4),
+    ],
+)
+def test_token(
+    name: str,
+    group: int,
+    blocks: int,
+    past: int,
+    steps: str,
+    order: int | None,
+    checkpoint_of: Checkpoints,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps after a text of `past` tokens. g: greedy, the next one takes what it chose; l: with logits; -: without.
+    Those in an order of chance have narrow parts."""
+    if order is not None:
+        monkeypatch.setattr(sys.modules[TokenStep.__module__], "cut", narrow)
+    weights = source_weights(checkpoint_of(name), "int8", group)
+    vocabulary = weights.config.vocab_size
+    expected, actual = (build_model(operators("cpu"), weights, past + PAGE) for _ in range(2))
+    actual.cache._free_pages.reverse()  # pages in another order
+    draw = np.random.default_rng(past)
+    text = draw.integers(0, vocabulary, past).tolist()
+    theirs, mine = filled(expected, text), filled(actual, text)
+    step = Emulated(actual, blocks, order).step
+
+    tokens, positions, rows = np.zeros(1, np.int32), np.array([past], np.int32), np.array([mine.row], np.int32)
+    logits, history = np.zeros((1, vocabulary), np.float32), np.full((SLOTS, 1), -1, np.int32)
+    greedy = False
+    for position, kind in enumerate(steps, past):
+        if not greedy:
+            tokens[0], positions[0] = draw.integers(vocabulary), position
+        token, greedy = int(tokens[0]), kind == "g"
+        expected.cache.append(theirs, [token])
+        actual.cache.append(mine, [token])
+        wanted = expected.step([token], [position], theirs.row)
+        assert wanted is not None
+        logits[...] = np.nan
+        step.launch(tokens, positions, rows, None if kind == "-" else logits, history if greedy else None)
+        assert np.isnan(logits).all() if kind == "-" else difference(logits, wanted) < 1e-3
+        assert positions[0] == position + greedy
+        if greedy:
+            assert tokens[0] == history[(position + 1) % SLOTS, 0] == logits.argmax()
+        keys_and_values = stored(actual.cache, mine, position)
+        np.testing.assert_allclose(keys_and_values, stored(expected.cache, theirs, position), atol=5e-3, rtol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TOKEN_CONFIGS)
+def test_tokens_on_a_gpu(name: str, checkpoint_of: Checkpoints) -> None:
+    """A text token by token, until the keys are in two parts, beside the CPU; then greedily, beside its own logits."""
+    weights, length = source_weights(checkpoint_of(name), "int8", 32), 530
+    models = [build_model(operators(kind), weights, length + PAGE) for kind in ("cpu", "cuda")]
+    actual = models[1]
+    assert isinstance(actual.token_step, TokenStep)
+    text = np.random.default_rng(1).integers(0, weights.config.vocab_size, length).tolist()
+    sequences = [model.cache.add_sequence() for model in models]
+    for position, token in enumerate(text):
+        rows = []
+        for model, sequence in zip(models, sequences, strict=True):
+            model.cache.append(sequence, [token])
+            wanted = "last" if position in (0, 1, 15, 16, 63, 64, 255, 256, 511, 512, 529) else "none"
+            rows.append(model.step([token], [position], sequence.row, wanted))
+        theirs, mine = rows
+        if theirs is not None and mine is not None:
+            assert difference(mine, theirs) < 2e-3
+    sequence, last = sequences[1], [1]
+    chosen = [tokens[0] for tokens in actual.greedy(last, [sequence], 12)]
+    actual.cache.truncate(sequence, length)
+    for position, token in enumerate([*last, *chosen[:-1]], length):
+        actual.cache.append(sequence, [token])
+        logits = actual.step([token], [position], sequence.row)
+        assert logits is not None
+        assert logits.argmax() == chosen[position - length]
+    for model in models:
+        model.release()
+
+
+@kernel("i32p", threads=64)
+def _too_late(flags):
+    # The blocks' first warps wait for each other, one of them in vain; the second ones for a barrier that nobody is at.
+    memory = shared_address(cuda.shared.array(0, int64, alignment=16))
+    block, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
+    if thread == 0:
+        barrier_init(memory, 1)
+    cuda.syncthreads()
+    if thread >= 32:
+        barrier_wait(memory, 0)
+    elif block == 0:
+        post_i32(address(flags), 1)
+        while peek_i32(address(flags) + 4) != 1:
+            pass
+    else:
+        while peek_i32(address(flags)) != 1:
+            pass
+
+
+@pytest.mark.parametrize("order", [None, 1])
+def test_deadlock_is_told(order: int | None) -> None:
+    """Who waits where."""
+    with pytest.raises(simt.Deadlock) as failure:
+        simt.launch(_too_late, 2, np.zeros(2, np.int32), shared=16, together=True, order=order)
+    lines = sorted(str(failure.value).splitlines()[1:])
+    assert [line.split(": ")[0] for line in lines] == [
+        "block (0, 0, 0), threads 0-31",
+        "block (0, 0, 0), threads 32-63",
+        "block (1, 0, 0), threads 32-63",
+    ]
+    assert all("(_too_late)" in line for line in lines)
+    assert "(barrier_wait)" in lines[1]
