@@ -46,7 +46,8 @@ def text(count: int) -> list[int]:
 def test_logits_are_the_cpus(dtype: str, bound: float, chunk: int, ops: Operators) -> None:
     tokens = text(150)
     mine = logits_of(ops, dtype, tokens, chunk=chunk)
-    theirs = logits_of(operators("cpu"), dtype, tokens, chunk=chunk)
+    # The CPU rounds the activations of more than 16 tokens coarsely, this GPU does not.
+    theirs = logits_of(operators("cpu"), dtype, tokens, chunk=min(chunk, 16))
     assert np.abs(mine - theirs).max() <= bound * np.abs(theirs).max()
 
 

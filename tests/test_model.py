@@ -212,14 +212,15 @@ def test_int8_stays_close_to_float(name: str, ops: Operators, checkpoint_of: Che
     """Rounding the weights costs 5 to 9% of the largest logit at worst, 3.4 to 4.2% RMS: random weights with sharp
     attention are the worst case (stories15M loses no perplexity to speak of, test_stories.py). All the rest, that is
     quantized activations and the float16 KV cache, costs 0.08 to 0.11% with two planes (16 tokens a step), and with one
-    and outliers (a long prompt at once) 1.4 to 3.2% at worst, half of what the weights do."""
+    and outliers (a long prompt at once) 1.4 to 3.2% at worst, half of what the weights do. On a GPU, where tensor cores
+    take both in float16, 0.26 to 0.30%."""
     checkpoint = checkpoint_of(name)
     exact = build_model(ops, source_weights(checkpoint))
     tokens = random_tokens(exact, LONG)
     expected = all_logits(exact, tokens, LONG)
     rounded = all_logits(build_model(ops, Dequantized(source_weights(checkpoint, "int8"))), tokens, LONG)
     rounding = build_model(ops, source_weights(checkpoint, "int8"))
-    assert 0 < difference(all_logits(rounding, tokens, 16), rounded) <= 2.5e-3
+    assert 0 < difference(all_logits(rounding, tokens, 16), rounded) <= (2.5e-3 if ops.device.kind == "cpu" else 4e-3)
     logits = all_logits(rounding, tokens, LONG)
     assert 0 < difference(logits, rounded) <= 0.05
     assert difference(logits, expected) <= 0.11
@@ -231,9 +232,11 @@ def test_int8_stays_close_to_float(name: str, ops: Operators, checkpoint_of: Che
 def test_sixteen_bit_models(
     name: str, dtype: str, bound: float, ops: Operators, checkpoint_of: Checkpoints, tmp_path: Path
 ) -> None:
-    """Held against a float32 model of the same rounded weights: what is left is the float16 KV cache, measured 1.3e-3.
+    """Held against a float32 model of the same rounded weights: what is left is the float16 KV cache, measured 1.3e-3,
+    and on a GPU activations in float16, together 2.9e-3.
     A checkpoint in that dtype and one in float32 that is rounded while loading give the same model."""
     stored, rounded = checkpoint_of(name, dtype=dtype), checkpoint_of(name)
+    bound = bound if ops.device.kind == "cpu" else 4e-3
     exact = build_model(ops, source_weights(stored, "float32"))
     tokens = random_tokens(exact, LONG)
     expected = all_logits(exact, tokens, LONG)
