@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("numba_cuda", reason="the gpu extra is not installed")
+
 from numbainfer.errors import NumbaInferError
 from numbainfer.gpu import driver as gpu_driver
 
