@@ -265,6 +265,7 @@ INT8_MIXTURES: dict[str, dict[str, Any]] = {
 TOKEN_CONFIGS: dict[str, dict[str, Any]] = {
     "token_llama": _config(LLAMA, (2, 128, 4, 2, 192, 1100), tied=True, eps=1e-5, theta=1e4, head_dim=64),
     "token_wide": _config(LLAMA, (1, 128, 2, 1, 2240, 97), tied=True, eps=1e-5, theta=1e4, head_dim=64),
+    "token_long": _config(LLAMA, (1, 768, 2, 1, 128, 97), tied=True, eps=1e-5, theta=1e4, head_dim=64),
     "token_qwen2": _config(QWEN2, (1, 128, 3, 1, 256, 97), tied=True, eps=1e-6, theta=1e6, head_dim=64),
     "token_qwen3": _config(QWEN3, (2, 128, 2, 1, 192, 99), tied=False, eps=1e-6, theta=1e6, head_dim=128),
     "token_biases": _config(LLAMA_BIASED, (1, 192, 2, 2, 256, 101), tied=False, eps=1e-5, theta=1e4, head_dim=64),

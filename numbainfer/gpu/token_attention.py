@@ -161,7 +161,8 @@ def make_attention(plan: Plan) -> Any:
             number = base >> 6
             page = shared_i32(int32(memory + at_pages + 16 + 4 * number)) if number < PAGES else table[number]
             fetch_from(k, v, k_pages, v_pages, int32(page * kv_heads + g), base, end, lane)
-        # Warps for the query heads, the key and the value; behind them some for rows of zeros.
+        # Warps for the query heads, the key and the value; behind them some for the rows of zeros that tensor cores
+        # take beside the queries.
         tag, own = turn & int32(3), part == active - 1  # own: the block that sees the step's own key
         v_own, weights = cuda.local.array(per_lane, float32), cuda.local.array(per_lane, float32)
         norm = int64(0)
@@ -177,7 +178,7 @@ def make_attention(plan: Plan) -> Any:
             if warp <= shared:
                 rotated = shared_i64(int32(layer + 8 * (ROTATED - K_PAGES))) != 0
                 turn_head(memory, v_own, norm, weights, eps, rotated, lane)
-        synchronize_threads(1, threads)  # the step before has done with the area
+        synchronize_threads(1, threads)
         if warp < shared or (warp >= shared + 2 and warp < 10):
             # Where attention_core.Layout.queries has elements lane + 32 j.
             word = lane >> 1

@@ -4,13 +4,15 @@ A layer is five steps: norm and QKV; RoPE, store and attention; attention's outp
 Every block has a share of each step's rows. Between steps the blocks exchange vectors through global memory, and wait
 for each other by nothing else: each number carries in its two lowest bits which one of the vectors that its place has
 held it belongs to (a tag), so whoever reads it until the bits are right has the number too. No number is overwritten
-too early: who writes a vector again has read one that all blocks wrote after they had read the old one.
+too early: every block has rows of every matrix, so who has a step's whole input knows that all blocks are done with the
+inputs of the steps before (attention's output is complete only if QKV was, which all blocks wrote).
 
 Weights do not depend on any of this. One warp of each block does nothing but copy the block's rows of all matrices, of
 all layers, in the order of their use, to a ring in shared memory, as far ahead as the ring is long: across steps and
 layers. So memory is busy while blocks wait for each other, and what they wait for finds its weights there.
 
-Most of a layer's code runs once in it and has to be fetched first, 4 or 5 cycles an instruction: it is kept short.
+Most of a layer's code runs once in it and has to be fetched first, by estimate 4 to 5 cycles an instruction: it is kept
+short.
 Steps with one token of int8 models; token_plan.py cuts a model's matrices for it. Needs sm_90: bulk copies.
 """
 
@@ -87,9 +89,9 @@ def tagged_key(key, tag):
 
 
 @family(
-    (64, 4, 16, 2048, 8192, 64, 2048, 972, 19, 16),
-    (64, 7, 24, 896, 4864, 64, 1216, 1151, 19, 16),
-    (128, 4, 32, 4096, 14336, 64, 2048, 1944, 10, 16),
+    (64, 4, 16, 2048, 8192, 64, 2048, 972, 23, 3, 16),
+    (64, 7, 24, 896, 4864, 64, 1216, 1152, 21, 3, 16),
+    (128, 4, 32, 4096, 14336, 64, 2048, 1944, 11, 3, 16),
 )
 def _token(*numbers: int) -> Kernel:
     plan = Plan(*numbers)
@@ -212,6 +214,7 @@ def _token(*numbers: int) -> Kernel:
             for j in range(norm_values):
                 weights[j] = float32(0)
             is_head = turn == last_turn
+            # m: which shape; the table has columns for QKV, output, gate, up and down.
             m = int32(0) if step == QKV else int32(step - 1)
             k = int32(HEAD_SHAPE) if is_head else m
             first, count, width, log_parts = shared_i32x4(int32(memory + at_shapes + 4 * SHAPE * k))
@@ -262,7 +265,8 @@ def _token(*numbers: int) -> Kernel:
             quantize(memory, v, width, thread)
             synchronize()
 
-            # Products: a warp's parts are of the same columns. Their codes stay in registers.
+            # Products: a warp's parts are of the same columns. Their codes stay in registers. Of a matrix, slot number
+            # `batch` holds the rows from batch * rows on, and `times` slots hold all; inverse: 65536 / rows.
             size, rows, times, inverse = shared_i32x4(int32(memory + at_shapes + 4 * SHAPE * k + 16))
             start = (warp & ((int32(1) << log_parts) - 1)) * size
             bytes_of_part = min(size, int32(width - start))

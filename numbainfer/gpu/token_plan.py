@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 
 from numbainfer.gpu.attention_core import Layout
@@ -11,17 +11,17 @@ WARPS = 16
 MOST_PART = 2048  # bytes of a row that a warp takes at a time
 
 SLOT = 8 << 10  # bytes of a slot of the ring, or a row where that is longer
-IN_FLIGHT = 3  # slots that copies are under way to: more would only hold up what blocks exchange
+IN_FLIGHT = 3  # slots that copies are under way to, at most: more would only hold up what blocks exchange
 
 # A layer's weights are streamed as five runs: a matrix each, or gate and up by themselves, which have one shape.
 RUNS = 5
-QKV_SHAPE, OUTPUT_SHAPE, GATE_SHAPE, DOWN_SHAPE, HEAD_SHAPE = range(5)
-SHAPES = 5
+SHAPES = 5  # of matrices: QKV, attention's output, gate and up, down, head
+OUTPUT_SHAPE, HEAD_SHAPE = 1, 4
 
 # Columns of the table of pointers, int64 [layers + 1, COLUMNS]: codes and scales of each run, biases, norms, the rest
 # of the layer. The row behind the layers is the head's: its run 0, and the norm before it.
 BIAS, UP_BIAS, DOWN_BIAS, NORM, MLP_NORM = 10, 13, 14, 15, 16  # BIAS: of QKV, output, gate
-K_PAGES, V_PAGES, Q_NORM, K_NORM, WINDOW, ROTATED = range(17, 23)
+K_PAGES, V_PAGES, Q_NORM, WINDOW, ROTATED = 17, 18, 19, 21, 22  # behind Q_NORM the keys' norm
 COLUMNS = 24
 SHAPE = 8  # numbers that a block keeps of each shape
 PAGES = 512  # of the page table that a block keeps
@@ -32,7 +32,7 @@ class Plan:
     """The kernel's constants, and by them the layout of a block's shared memory, in bytes.
 
     widest: of the matrices' inputs; part: most columns of a row that a warp takes at a time; items: most of these that
-    a block has of a matrix; slots: of the ring; warps: that multiply.
+    a block has of a matrix; slots: of the ring; in_flight: those that copies are under way to; warps: that multiply.
     """
 
     head_dim: int
@@ -44,6 +44,7 @@ class Plan:
     part: int
     items: int
     slots: int
+    in_flight: int
     warps: int
 
     @property
@@ -146,15 +147,15 @@ class Shape:
 
 
 def cut(pairs: int, halves: int, width: int, group: int, blocks: int, warps: int) -> Shape | None:
-    """The parts of a row with which the busiest warp has least to do: a part costs as much as 512 bytes of it do. None:
-    rows are too wide."""
+    """The parts of a row with which the busiest warp has least to do: a part costs as much as 512 bytes of it do. The
+    last ones may be empty. None: rows are too wide."""
     best = None
     parts = 1
     while parts <= warps:
         part = -(-(width // group) // parts) * group
         rounds = -(-(-(-pairs // blocks) * parts) // warps) * halves
         cost = rounds * (512 + 512 * -(-part // 512))
-        if part <= MOST_PART and (parts - 1) * part < width and (best is None or cost < best[0]):
+        if part <= MOST_PART and (best is None or cost < best[0]):
             best = cost, Shape(pairs, halves, width, parts, part)
         parts *= 2
     return None if best is None else best[1]
@@ -171,12 +172,28 @@ def make_plan(
     warps: int,
     most: int,
 ) -> Plan | None:
-    """The plan with the longest ring that fits `most` bytes; None where it would be too short."""
+    """The plan with the longest ring that fits `most` bytes; None where it would be too short (`longest_way`)."""
     widest = max(shape.width for shape in shapes)
     items = max(-(-shape.pairs // blocks) * shape.halves * shape.parts for shape in shapes)
     part = max(shape.part for shape in shapes)
-    for slots in range(32, IN_FLIGHT, -1):
-        plan = Plan(head_dim, shared, layers, hidden, widest, group, part, items, slots, warps)
+    for slots in range(32, 1, -1):
+        plan = Plan(head_dim, shared, layers, hidden, widest, group, part, items, slots, IN_FLIGHT, warps)
         if plan.nbytes <= most:
-            return plan
+            way = max(longest_way(shape, blocks, plan.slot_codes, warps) for shape in shapes)
+            return replace(plan, in_flight=min(IN_FLIGHT, slots - way)) if way < slots else None
     return None
+
+
+def longest_way(shape: Shape, blocks: int, slot_codes: int, warps: int) -> int:
+    """Slots from one that a warp waits for to its next one, at most.
+
+    A barrier tells the parity of a phase only. So a warp may wait for a filling of a slot when the one before in the
+    same slot is known to be complete: all are that are `in_flight` or more behind one that the warp has seen complete.
+    From gate to up there is no barrier between: that way leads over both.
+    """
+    stride, way = warps // shape.parts, 0
+    for count in (shape.pairs // blocks, -(-shape.pairs // blocks)):
+        rows = (count - 1) // -(-count // (slot_codes // shape.width)) + 1  # of a slot
+        within = -(-stride // rows)
+        way = max(way, within if shape.halves == 1 else within + 1 + (stride - 1) // rows)
+    return way

@@ -9,7 +9,7 @@ import numpy as np
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.token_kernel import _token
-from numbainfer.gpu.token_plan import COLUMNS, NORM, SLOT, WARPS, Plan, Shape, cut, make_plan
+from numbainfer.gpu.token_plan import COLUMNS, NORM, WARPS, Plan, Shape, cut, make_plan
 from numbainfer.memory import MemoryPool
 from numbainfer.quantization import QuantizedMatrix
 
@@ -101,8 +101,8 @@ def _table(model: Any) -> np.ndarray:
     return table
 
 
-def token_step(stream: Stream, pool: MemoryPool, model: Any, warps: int = WARPS) -> TokenStep | None:
-    """See registry.token_step. warps: of a block, a multiple of 4; fewer for tests."""
+def token_step(stream: Stream, pool: MemoryPool, model: Any) -> TokenStep | None:
+    """See registry.token_step."""
     config, layers, gpu = model.config, model.layers, stream.gpu
     of_layers = [(layer.qkv, layer.output, layer.gate_up, layer.down) for layer in layers]
     matrices = [matrix for row in of_layers for matrix in row] + [model.embedding, model.head]
@@ -118,13 +118,14 @@ def token_step(stream: Stream, pool: MemoryPool, model: Any, warps: int = WARPS)
     group, of_key = groups.pop(), config.heads // config.kv_heads
     shared = next(n for n in range(min(8, of_key), 0, -1) if of_key % n == 0)
     kinds = list(zip((*of_layers[0], model.head), (1, 1, 2, 1, 1), strict=True))
+    # Every block has to have rows of every matrix: see token_kernel.py.
     blocks = min(gpu.multiprocessors, *(matrix.shape[0] // halves for matrix, halves in kinds))
-    cuts = [cut(matrix.shape[0] // halves, halves, matrix.shape[1], group, blocks, warps) for matrix, halves in kinds]
+    cuts = [cut(matrix.shape[0] // halves, halves, matrix.shape[1], group, blocks, WARPS) for matrix, halves in kinds]
     shapes = [shape for shape in cuts if shape is not None]
     if len(shapes) < len(cuts):
         return None
     plan = make_plan(
-        *(config.head_dim, shared, config.layers, config.hidden_size, group, shapes, blocks, warps),
+        *(config.head_dim, shared, config.layers, config.hidden_size, group, shapes, blocks, WARPS),
         gpu.shared_memory - RESERVED,
     )
     if plan is None or not _fits(plan, blocks, shapes, layers[0], config.heads // shared):
@@ -138,9 +139,9 @@ def _fits(plan: Plan, blocks: int, shapes: list[Shape], layer: Any, units: int) 
     rows = [-(-shape.pairs // blocks) for shape in shapes]
     biases = (layer.qkv_bias, layer.output_bias, layer.gate_up_bias, layer.down_bias)
     biased = [count * shape.parts for count, shape, bias in zip(rows, shapes, biases, strict=False) if bias is not None]
-    per_slot = [max(SLOT, shape.width) // shape.width for shape in shapes]
+    per_slot = [plan.slot_codes // shape.width for shape in shapes]
     return (
-        max(units, blocks, rows[1], *biased) <= threads
+        max(blocks, rows[1], *biased) <= threads
         and units <= blocks
         and all(count * some < 1 << 16 for count, some in zip(rows, per_slot, strict=True))
     )

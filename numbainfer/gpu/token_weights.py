@@ -2,7 +2,8 @@
 
 The ring is some slots of shared memory, each for as many rows of a matrix as fit, with their scales. A slot has a
 barrier that its copies complete (`full`). None says that it is empty: each warp says how far it is (`progress`), and a
-slot is free when all are past it. Most rows are none of a warp's, and it does not wait for them.
+slot is free when all are past it. Most rows are none of a warp's, and it does not wait for them: token_plan.longest_way
+says how far it may go.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy import int32, int64
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.pipeline import barrier_wait, copy_bulk, expect_bytes
 from numbainfer.gpu.ptx import shared_i32, shared_i32x4, shared_i64, shared_peek_i32
-from numbainfer.gpu.token_plan import COLUMNS, HEAD_SHAPE, IN_FLIGHT, RUNS, SHAPE, Plan
+from numbainfer.gpu.token_plan import COLUMNS, HEAD_SHAPE, RUNS, SHAPE, Plan
 
 
 @device_function
@@ -26,7 +27,8 @@ def uniform(value):
 
 def make_copy(plan: Plan) -> Any:
     """What the copying warp does, as a device function."""
-    warps, slots, slot_bytes, slot_codes = plan.warps, plan.slots, plan.slot, plan.slot_codes
+    warps, slots, in_flight = plan.warps, plan.slots, plan.in_flight
+    slot_bytes, slot_codes = plan.slot, plan.slot_codes
     at_full, at_progress, at_table, at_shapes = plan.full, plan.progress, plan.table, plan.shapes
     shift = plan.group.bit_length() - 1
 
@@ -49,8 +51,9 @@ def make_copy(plan: Plan) -> Any:
                     while shared_peek_i32(int32(memory + at_progress + 4 * lane)) <= int32(number - slots):
                         pass
                 cuda.syncwarp()
-                # No more under way than memory needs: what blocks exchange would have to queue behind it.
-                before, of_before = int32(slot - IN_FLIGHT), parity
+                # No more under way than memory needs: what blocks exchange would have to queue behind it. The first
+                # times through, the phase before a new barrier's first one counts as complete.
+                before, of_before = int32(slot - in_flight), parity
                 if before < 0:
                     before, of_before = int32(before + slots), int32(parity ^ 1)
                 barrier_wait(int32(memory + at_full + 8 * before), of_before)
