@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from numbainfer.bench import Test
-from numbainfer.bench_profile import WHOLE_STEP
+from numbainfer.bench_profile import ONE_KERNEL, WHOLE_STEP
 from numbainfer.console import size
 from numbainfer.errors import NumbaInferError
 
@@ -121,7 +121,8 @@ def _table(rows: Sequence[Row], columns: Sequence[Column]) -> None:
     for column in shown:
         table.add_column(column.heading, justify="right" if column.number else "left")
     for row, after in zip(rows, [*rows[1:], None], strict=True):
-        ends = columns is PROFILE and WHOLE_STEP in (row["operator"], after and after["operator"])
+        whole = (WHOLE_STEP, ONE_KERNEL)
+        ends = columns is PROFILE and (row["operator"] in whole or (after is not None and after["operator"] in whole))
         table.add_row(*(Text(column.text(row), style=column.style(row)) for column in shown), end_section=ends)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 

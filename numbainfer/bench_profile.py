@@ -20,7 +20,7 @@ from numbainfer.model import Model
 from numbainfer.quantization import Matrix, QuantizedMatrix, QuantizedRows
 from numbainfer.registry import CONTRACTS, Operators, parameters
 
-WHOLE_STEP = "all, as one program"
+WHOLE_STEP, ONE_KERNEL = "all, as one program", "all, as one kernel"
 
 
 @dataclass
@@ -110,7 +110,11 @@ def profile(bench: Bench, test: Test, repetitions: int) -> list[dict[str, Any]]:
             call.seconds.append(seconds)
         whole += bench.ops.stream.time([step_program])
         bench.progress(f"profiling {test}", done, repetitions)
-    return _rows(bench, test, [replace(call, seconds=call.seconds[1:]) for call in calls], whole[1:], ceilings[1:])
+    alone = test.kind != "pp" and test.batch == 1 and bench.model.token_step is not None
+    last = ONE_KERNEL if alone else WHOLE_STEP
+    return _rows(
+        bench, test, [replace(call, seconds=call.seconds[1:]) for call in calls], last, whole[1:], ceilings[1:]
+    )
 
 
 @contextmanager
@@ -173,7 +177,7 @@ def _operations(name: str, given: dict[str, Any], step: Step) -> int:
 
 
 def _rows(
-    bench: Bench, test: Test, calls: list[Call], whole: list[float], ceilings: list[float]
+    bench: Bench, test: Test, calls: list[Call], last: str, whole: list[float], ceilings: list[float]
 ) -> list[dict[str, Any]]:
     groups: dict[str, list[Call]] = {}
     for call in calls:
@@ -202,4 +206,4 @@ def _rows(
 
     rows = [row(name, of, statistics.median(each[name])) for name, of in groups.items()]
     rows.sort(key=lambda r: -r["milliseconds"])
-    return [*rows, row(WHOLE_STEP, calls, statistics.median(whole))]
+    return [*rows, row(last, calls, statistics.median(whole))]
