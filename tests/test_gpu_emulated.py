@@ -16,6 +16,7 @@ from numpy import float32, int32
 from numbainfer.gpu.attention_core import Layout, make_core
 from numbainfer.gpu.attention_decode import WARPS, _decode
 from numbainfer.gpu.compile import Kernel, kernel
+from numbainfer.gpu.half_rows import HalfRows, pack, unpack
 from numbainfer.gpu.ptx import shared_address, shared_f32, shared_store_f32
 
 PAGE = 64
@@ -39,26 +40,29 @@ def in_order(pages: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "kv_heads", "shared", "position", "window", "fused", "active"),
+    ("head_dim", "kv_heads", "shared", "position", "window", "form", "active"),
     [
-        (64, 1, 4, 600, 0, True, 2),
-        (64, 1, 3, 519, 0, False, 2),
-        (64, 1, 8, 150, 0, True, 1),
-        (64, 2, 1, 70, 17, False, 1),
-        (128, 1, 1, 299, 90, True, 1),
-        (128, 1, 4, 300, 0, False, 2),
-        (128, 1, 8, 270, 200, True, 2),
-        (64, 2, 3, 0, 0, True, 1),
-        (64, 1, 7, 5, 0, True, 1),
-        (128, 2, 3, 0, 0, False, 1),
-        (128, 1, 4, 5, 3, False, 1),
+        (64, 1, 4, 600, 0, "fused", 2),
+        (64, 1, 3, 519, 0, "floats", 2),
+        (64, 1, 8, 150, 0, "fused", 1),
+        (64, 2, 1, 70, 17, "floats", 1),
+        (128, 1, 1, 299, 90, "fused", 1),
+        (128, 1, 4, 300, 0, "floats", 2),
+        (128, 1, 8, 270, 200, "fused", 2),
+        (64, 2, 3, 0, 0, "fused", 1),
+        (64, 1, 7, 5, 0, "fused", 1),
+        (128, 2, 3, 0, 0, "floats", 1),
+        (128, 1, 4, 5, 3, "floats", 1),
+        (64, 2, 3, 600, 0, "halves", 2),
+        (128, 1, 4, 77, 0, "halves", 1),
     ],
 )
 def test_attention_of_one_token(
-    head_dim: int, kv_heads: int, shared: int, position: int, window: int, fused: bool, active: int
+    head_dim: int, kv_heads: int, shared: int, position: int, window: int, form: str, active: int
 ) -> None:
-    """With RoPE, norms and the store in the same kernel (fused) or without; in as many parts as `active` says."""
-    heads = kv_heads * shared
+    """With RoPE, norms and the store in the same kernel (fused) or without, in float32 or float16; in as many parts as
+    `active` says."""
+    heads, fused, halves = kv_heads * shared, form == "fused", form == "halves"
     k_pages, v_pages, order = pages_of(position if fused else position + 1, kv_heads, head_dim)
     qkv = normal(1, 1, (heads + 2 * kv_heads) * head_dim)
     q_norm, k_norm = 1 + 0.1 * normal(2, head_dim), 1 + 0.1 * normal(3, head_dim)
@@ -66,8 +70,8 @@ def test_attention_of_one_token(
     angles = np.arange(position + 1)[:, None] * frequencies
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
-    rows = qkv.reshape(1, -1, head_dim)
-    q, k, v = rows[:, :heads], rows[:, heads : heads + kv_heads], rows[:, heads + kv_heads :]
+    turned = qkv.reshape(1, -1, head_dim)
+    q, k, v = turned[:, :heads], turned[:, heads : heads + kv_heads], turned[:, heads + kv_heads :]
     keys, values = (in_order(pages, order)[: position + 1] for pages in (k_pages, v_pages))
     if fused:
         q, k = (
@@ -80,17 +84,20 @@ def test_attention_of_one_token(
 
     layout, shift = Layout(head_dim, shared, WARPS), 1
     out = np.full((1, heads * head_dim), np.nan, np.float32)
+    rows = HalfRows(pack(out, 128), 1, heads * head_dim)
     parts = np.full((kv_heads, 2, shared * head_dim), np.nan, np.float32)
     statistics = np.full((kv_heads, 2, shared * 2), np.nan, np.float32)
     counters, k_bits, v_bits = np.zeros(kv_heads, np.int32), k_pages.view(np.uint16), v_pages.view(np.uint16)
     simt.launch(
-        _decode(head_dim, shared, fused),
+        _decode(head_dim, shared, fused, halves),
         *((2, 1, kv_heads), qkv, heads, kv_heads, 1, head_dim**-0.5, window, q_norm, k_norm, 1, 1e-5),
         *(np.array([position], np.int32), np.array([0], np.int32), cos, sin, head_dim // 2),
-        *(k_bits, v_bits, order, order.size, shift, parts, statistics, counters, out),
+        *(k_bits, v_bits, order, order.size, shift, parts, statistics, counters, rows.data if halves else out, 128),
         shared=layout.nbytes,
     )
-    assert_within(out.reshape(expected.shape), expected, 2e-3 if fused else 1e-5)  # a rounding of the own key may flip
+    out = unpack(rows) if halves else out
+    bound = {"fused": 2e-3, "floats": 1e-5, "halves": 2**-11}[form]  # fused: a rounding of the own key may flip
+    assert_within(out.reshape(expected.shape), expected, bound)
     assert not counters.any()
     assert np.isfinite(statistics).all() == (active == 2)
     if fused:

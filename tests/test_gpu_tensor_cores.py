@@ -56,7 +56,9 @@ def weights(machine: Machine, seed: int, rows: int, columns: int, group: int) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize(("width", "hidden", "group"), [(96, 160, 32), (448, 576, 64), (2048, 1280, 128)])
+@pytest.mark.parametrize(
+    ("width", "hidden", "group"), [(96, 160, 32), (448, 576, 64), (2048, 1280, 128), (5120, 96, 32)]
+)
 def test_mlp(gpu: Machine, tokens: int, width: int, hidden: int, group: int) -> None:
     """Norm, gate and up with SwiGLU, down with the residual: all of it without one float32 activation between."""
     x, norm = normal(1, tokens, width), 1 + 0.1 * normal(2, width)
@@ -94,4 +96,37 @@ def test_two_products_of_one_input(gpu: Machine, tokens: int) -> None:
     for result, matrix in ((out, w), (other, v)):
         bound = 2**-11 * reference.linear(abs(values), abs(matrix))
         assert_within(gpu.get(result), reference.linear(values, matrix), bound)
+    gpu.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [5, 33, 64])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(14, 2, 64), (8, 8, 64), (16, 4, 128)])
+def test_attention_of_a_batch(gpu: Machine, tokens: int, heads: int, kv_heads: int, head_dim: int) -> None:
+    """A token of each of several sequences; what the product after it takes is written in float16 by attention."""
+    rng, width = np.random.default_rng(7), heads * head_dim
+    lengths = rng.integers(1, 700, tokens)
+    lengths[:2] = 1, 700
+    table = np.arange(tokens * 11, dtype=np.int32).reshape(tokens, 11)
+    k_pages, v_pages = (rng.standard_normal((tokens * 11, kv_heads, 64, head_dim)).astype(np.float16) for _ in range(2))
+    keys, values = (
+        [
+            pages[row].transpose(0, 2, 1, 3).reshape(704, kv_heads, head_dim)[:n]
+            for row, n in zip(table, lengths, strict=True)
+        ]
+        for pages in (k_pages, v_pages)
+    )
+    qkv = 2 * normal(8, tokens, (heads + 2 * kv_heads) * head_dim)
+    matrix, w = weights(gpu, 9, 96, width, 64)
+    mixed, out = QuantizedRows.empty(gpu.ops.pool, tokens, width, 64, 2), gpu.out(tokens, 96)
+    positions, sequences = (lengths - 1).astype(np.int32), np.arange(tokens, dtype=np.int32)
+    pages = (gpu.put(k_pages), gpu.put(v_pages), gpu.put(table))
+    gpu.run(
+        *("attention", gpu.put(qkv), heads, head_dim**-0.5, 0, gpu.put(positions), gpu.put(sequences)), *pages, mixed
+    )
+    gpu.run("linear", mixed, matrix, None, None, out)
+    q = qkv[:, :width].reshape(tokens, heads, head_dim)
+    expected = reference.attention(q, keys, values, sequences, positions).reshape(tokens, width)
+    bound = 2**-10 * reference.linear(abs(expected), abs(w))
+    assert_within(gpu.get(out), reference.linear(expected, w), bound)
     gpu.close()

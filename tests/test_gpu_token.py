@@ -214,6 +214,14 @@ def test_plans_of_real_shapes(blocks: int) -> None:
                 assert 1 <= plan.in_flight <= min(IN_FLIGHT, plan.slots - longest)
 
 
+@pytest.mark.parametrize("blocks", [132, 17])
+@pytest.mark.parametrize("name", TOKEN_CONFIGS)
+def test_small_models_have_a_plan(name: str, blocks: int, checkpoint_of: Checkpoints) -> None:
+    """Blocks with a row or two of a matrix are served as well: there are fewer slots than warps to wait for them."""
+    model = build_model(operators("cpu"), source_weights(checkpoint_of(name), "int8", 32), 64)
+    assert isinstance(Emulated(model, blocks, None).step, TokenStep)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", TOKEN_CONFIGS)
 def test_tokens_on_a_gpu(name: str, checkpoint_of: Checkpoints) -> None:

@@ -20,7 +20,7 @@ from numbainfer.gpu.half_rows import HalfRows, to_halves
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import advance, wait_for_previous_kernel
-from numbainfer.gpu.quantize import HeldActivations, HeldRows, quantize
+from numbainfer.gpu.quantize import FEW, HeldActivations, HeldRows, quantize
 from numbainfer.gpu.reduce import element, warp_sum
 from numbainfer.gpu.rope import PAGE, HeldRope, check_pages
 from numbainfer.quantization import QuantizedRows
@@ -114,15 +114,16 @@ def attention(
         held = None
     where = (positions, sequences, k_pages, v_pages, page_table)
     if attention_decode.fits(tokens, head_dim, k_pages.dtype):
-        values = stream.scratch("attention", (tokens, width)) if isinstance(out, QuantizedRows) else out
-        attention_decode.decode(stream, qkv, heads, scale, window, held, *where, values)
-        if isinstance(out, QuantizedRows):
-            quantize(stream, values, out)
-        return
-    if held is not None:
-        held.launch()
-    run = partial(_launch, stream, qkv, heads, scale, window, *where)
-    if isinstance(out, QuantizedRows):
+        run = partial(attention_decode.decode, stream, qkv, heads, scale, window, held, *where)
+    else:
+        if held is not None:
+            held.launch()
+        run = partial(_launch, stream, qkv, heads, scale, window, *where)
+    if isinstance(out, QuantizedRows) and tokens <= FEW:  # the product quantizes by itself, or takes codes
+        values = stream.scratch("attention", out.shape)
+        run(values)
+        quantize(stream, values, out)
+    elif isinstance(out, QuantizedRows):
         out.halves = None
         stream.hold(HeldAttention(stream, run, out))
     else:

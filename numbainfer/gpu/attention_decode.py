@@ -18,6 +18,7 @@ from numpy import float32, int32, int64
 
 from numbainfer.gpu.attention_core import KEYS, Layout, make_core
 from numbainfer.gpu.compile import device_function, family, kernel
+from numbainfer.gpu.half_rows import HalfRows, half_index
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import (
@@ -41,6 +42,9 @@ from numbainfer.gpu.rope import PAGE, HeldRope, put_f16
 WARPS = 8
 THREADS = 32 * WARPS
 _LOG2_E = math.log2(math.e)
+
+
+FORMS = ((True, False), (False, False), (False, True))  # fused, halves
 
 
 @device_function
@@ -67,9 +71,9 @@ def _turn(head, weight, normed, eps, head_dim, half, cos, sin, target, lane):
         i += 32
 
 
-@family(*((*shape, fused) for shape in ((64, 7), (64, 4), (64, 3), (128, 4), (128, 8)) for fused in (True, False)))
-def _decode(head_dim: int, shared: int, fused: bool):
-    """shared: query heads of a block."""
+@family(*((*shape, *form) for shape in ((64, 7), (64, 4), (64, 3), (128, 4), (128, 8)) for form in FORMS))
+def _decode(head_dim: int, shared: int, fused: bool, halves: bool):
+    """shared: query heads of a block. halves: the result as HalfRows, in float16."""
     layout = Layout(head_dim, shared, WARPS)
     fetch, _, prepare, attend, own_key, weigh, element, dimension = make_core(head_dim, shared, WARPS)
     width, words = shared * head_dim, head_dim // 4
@@ -77,10 +81,20 @@ def _decode(head_dim: int, shared: int, fused: bool):
     chunk = KEYS * WARPS  # keys that the warps of a block read at a time
     least = 128 // head_dim  # chunks of a part: merging parts takes as long as reading 32 KB of keys
     at_key, at_value = 4 * width, 4 * (width + head_dim)
+
     at_tops, at_totals, at_summary = layout.tops, layout.totals, layout.summary
 
+    @device_function
+    def store(out, out_rows, token, columns, column, value):
+        """One number of the result; columns: of a token."""
+        if halves:
+            put_f16(out, half_index(out_rows, token, column), value)
+        else:
+            out[token * columns + column] = value
+
     @kernel(
-        "f32p i32 i32 i32 f32 i32 f32p f32p i32 f32 i32p i32p f32p f32p i32 u16p u16p i32p i32 i32 f32p f32p i32p f32p",
+        "f32p i32 i32 i32 f32 i32 f32p f32p i32 f32 i32p i32p f32p f32p i32 u16p u16p i32p i32 i32 f32p f32p i32p "
+        + ("u16p i32" if halves else "f32p i32"),
         threads=THREADS,
         hot=True,
         fast=True,
@@ -88,7 +102,7 @@ def _decode(head_dim: int, shared: int, fused: bool):
     def decode(
         qkv, heads, kv_heads, units_per_key, scale, window, q_norm, k_norm, normed, eps, positions, sequences, cos, sin,
         half, k_pages, v_pages, page_table, pages_per_sequence, parts_shift, part_values, part_statistics, counters,
-        out,
+        out, out_rows,
     ):  # fmt: skip
         memory = shared_address(cuda.shared.array(0, float32, alignment=16))
         thread = int32(cuda.threadIdx.x)
@@ -159,7 +173,6 @@ def _decode(head_dim: int, shared: int, fused: bool):
         if warp < shared:
             weigh(memory, pieces, warp, lane)
         cuda.syncthreads()
-        result = advance(out, (token * heads + first_head) * head_dim)
         place = ((token * cuda.gridDim.z + unit) << parts_shift) + part
         i = thread
         while i < width:
@@ -167,7 +180,8 @@ def _decode(head_dim: int, shared: int, fused: bool):
             h, at = int32(i >> shift), int32(i & (head_dim - 1))
             value = element(memory, pieces, h, at)
             if active == 1:
-                result[head_dim * h + dimension(at)] = value / shared_f32(memory + at_summary + 8 * h + 4)
+                value /= shared_f32(memory + at_summary + 8 * h + 4)
+                store(out, out_rows, token, heads * head_dim, (first_head + h) * head_dim + dimension(at), value)
             else:
                 part_values[int64(place) * width + i] = value  # by position
             i = int32(i + THREADS)
@@ -202,8 +216,8 @@ def _decode(head_dim: int, shared: int, fused: bool):
             for p in range(active):
                 decay = shared_f32(memory + at_tops + 4 * (32 * h + p))
                 value += decay * part_values[int64(place + p) * width + i]
-            at = head_dim * h + dimension(int32(i & (head_dim - 1)))
-            result[at] = value / shared_f32(memory + at_totals + 4 * h)
+            at = (first_head + h) * head_dim + dimension(int32(i & (head_dim - 1)))
+            store(out, out_rows, token, heads * head_dim, at, value / shared_f32(memory + at_totals + 4 * h))
             i = int32(i + THREADS)
         if thread == 0:
             counters[token * cuda.gridDim.z + unit] = int32(0)
@@ -232,7 +246,7 @@ def decode(
     k_pages: DeviceArray,
     v_pages: DeviceArray,
     page_table: DeviceArray,
-    out: DeviceArray,
+    out: DeviceArray | HalfRows,
 ) -> None:
     """Attention as registry.attention has it; with `rope`, what it does too."""
     kv_heads, head_dim, tokens = k_pages.shape[1], k_pages.shape[3], qkv.shape[0]
@@ -246,22 +260,11 @@ def decode(
     statistics = stream.scratch("attention statistics", tokens * units * parts * shared * 2)
     norms = (None, None, 0, 0.0) if rope is None else (rope.q_norm, rope.k_norm, int(rope.q_norm is not None), rope.eps)
     angles = (None, None, 0) if rope is None else (rope.cos, rope.sin, 0 if rope.cos is None else rope.cos.shape[1])
+    target = (out.data, out.rows) if isinstance(out, HalfRows) else (out, 0)
     stream.launch(
-        _decode(head_dim, shared, rope is not None),
-        *(
-            (parts, tokens, units),
-            qkv,
-            heads,
-            kv_heads,
-            of_key // shared,
-            scale,
-            window,
-            *norms,
-            positions,
-            sequences,
-            *angles,
-        ),
-        *(k_pages, v_pages, page_table, page_table.shape[1], parts_shift, values, statistics),
-        *(stream.counters(tokens * units), out),
+        _decode(head_dim, shared, rope is not None, isinstance(out, HalfRows)),
+        *((parts, tokens, units), qkv, heads, kv_heads, of_key // shared, scale, window, *norms),
+        *(positions, sequences, *angles, k_pages, v_pages, page_table, page_table.shape[1]),
+        *(parts_shift, values, statistics, stream.counters(tokens * units), *target),
         shared=Layout(head_dim, shared, WARPS).nbytes,
     )

@@ -128,6 +128,20 @@ def load_four(at, column, width):
     return (float32(0), float32(0), float32(0), float32(0))
 
 
+@device_function
+def load_unit(at, block, quarter, width):
+    """Columns 16j + 4 * quarter to + 3 of a block of a row, j = 0 to 3; zeros beyond the row."""
+    column = int32(64 * block + 4 * quarter)
+    first, second = load_four(at, column, width), load_four(at, column + 16, width)
+    return first, second, load_four(at, column + 32, width), load_four(at, column + 48, width)
+
+
+@device_function
+def squares_of(v):
+    """The sum of four squares."""
+    return v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3]
+
+
 @family(("plain",), ("norm",), ("swiglu",))
 def _halves(kind: str) -> Kernel:
     """To HalfRows: x [T, width] ("plain"), its RMSNorm ("norm"), or SwiGLU of x [T, 2 width]. A token to a block."""
@@ -138,27 +152,32 @@ def _halves(kind: str) -> Kernel:
         wait_for_previous_kernel()
         token = int32(cuda.blockIdx.x)
         at = address(x) + int64(token) * width * (8 if kind == "swiglu" else 4)
+        units = ((width + 63) >> 6) * 4
+        unit = int32(cuda.threadIdx.x)
+        block, quarter = int32(unit >> 2), int32(unit & 3)
+        v = load_unit(at, block, quarter, width)
         if kind == "norm":
+            # The thread's first unit stays in registers: all of a row of up to 4096.
+            w = load_unit(address(weight), block, quarter, width)
             partial = cuda.shared.array(32, float32)
-            squares = float32(0)
-            for column in range(4 * cuda.threadIdx.x, width, 4 * THREADS):
-                v = load_f32x4(at + 4 * column)
-                squares += v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3]
+            squares = squares_of(v[0]) + squares_of(v[1]) + squares_of(v[2]) + squares_of(v[3])
+            for column in range(16 * THREADS + 4 * cuda.threadIdx.x, width, 4 * THREADS):
+                squares += squares_of(load_f32x4(at + 4 * column))
             inverse *= float32(1) / math.sqrt(block_sum(squares, partial) / float32(width) + eps)
-        for unit in range(cuda.threadIdx.x, ((width + 63) >> 6) * 4, THREADS):
-            block, quarter = int32(unit >> 2), int32(unit & 3)
-            column = int32(64 * block + 4 * quarter)
-            v0, v1 = load_four(at, column, width), load_four(at, column + 16, width)
-            v2, v3 = load_four(at, column + 32, width), load_four(at, column + 48, width)
+        while unit < units:
+            v0, v1, v2, v3 = v
             if kind == "norm":
-                norm = address(weight)
-                v0, v1 = times(v0, load_four(norm, column, width)), times(v1, load_four(norm, column + 16, width))
-                v2, v3 = times(v2, load_four(norm, column + 32, width)), times(v3, load_four(norm, column + 48, width))
+                v0, v1, v2, v3 = times(v0, w[0]), times(v1, w[1]), times(v2, w[2]), times(v3, w[3])
             if kind == "swiglu":
-                up = at + 4 * width
-                v0, v1 = gate(v0, load_four(up, column, width)), gate(v1, load_four(up, column + 16, width))
-                v2, v3 = gate(v2, load_four(up, column + 32, width)), gate(v3, load_four(up, column + 48, width))
+                u = load_unit(at + 4 * width, block, quarter, width)
+                v0, v1, v2, v3 = gate(v0, u[0]), gate(v1, u[1]), gate(v2, u[2]), gate(v3, u[3])
             store_unit(out, rows, token, block, quarter, v0, v1, v2, v3, inverse)
+            unit = int32(unit + THREADS)
+            if unit < units:
+                block, quarter = int32(unit >> 2), int32(unit & 3)
+                v = load_unit(at, block, quarter, width)
+                if kind == "norm":
+                    w = load_unit(address(weight), block, quarter, width)
 
     return halves
 

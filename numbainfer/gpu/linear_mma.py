@@ -29,7 +29,7 @@ from numbainfer.gpu.fragments import gated as gated_rows
 from numbainfer.gpu.half_rows import BLOCK, HalfRows
 from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.memory import DeviceArray
-from numbainfer.gpu.mma_plan import STAGES, Plan, choose
+from numbainfer.gpu.mma_plan import STAGES, Plan, blocks_together, choose
 from numbainfer.gpu.mma_weights import weight_loader
 from numbainfer.gpu.pipeline import (
     barrier_arrive,
@@ -65,18 +65,19 @@ def _last(value, limit):
 
 
 @family(
-    ("int8", 128, 2, 1, False),
-    ("int8", 128, 2, 1, True),
-    ("int8", 128, 1, 1, False),
-    ("int8", 64, 1, 4, True),
-    ("int8", 32, 1, 2, False),
-    ("int8", 16, 1, 2, True),
-    ("float16", 128, 1, 1, False),
-    ("uint16", 32, 1, 1, False),
+    ("int8", 128, 2, False),
+    ("int8", 128, 2, True),
+    ("int8", 128, 1, False),
+    ("int8", 64, 1, True),
+    ("int8", 32, 1, False),
+    ("int8", 32, 1, True),
+    ("int8", 16, 1, True),
+    ("float16", 128, 1, False),
+    ("uint16", 32, 1, False),
 )
-def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Kernel:
-    """kind: of weights. width: tokens of a tile. depth: how many blocks of 64 columns weights are loaded ahead. gated:
-    W's rows are gate and up, and the result silu(gate) * up as HalfRows."""
+def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
+    """kind: of weights. width: tokens of a tile. gated: W's rows are gate and up, and the result silu(gate) * up as
+    HalfRows."""
     roomy = subtiles == 2  # more registers than an even share, which sm_90 knows how to deal
     give_registers, take_registers = fewer_registers(40), more_registers(232)
     stages = STAGES
@@ -88,9 +89,6 @@ def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Ke
     warp_rows = 8 if gated else 16
     group_rows = 4 * warp_rows * subtiles
     block_rows = 2 * group_rows
-    together = (
-        subtiles == 1 and depth <= 2 and width <= 32
-    )  # two blocks fit a multiprocessor, and hide each other's waits
     partial_bytes = subtiles * CONSUMERS * width * 2
     stage_bytes, tile_bytes = width * 2 * BLOCK, store_bytes(width)
 
@@ -108,42 +106,19 @@ def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Ke
         return int32(uint32(blocks) * uint32(split) // uint32(splits))
 
     load, widen, weight_bytes = weight_loader(kind)
-    if subtiles == 1:
 
-        @device_function
-        def load_block(at, block, t, last_column, shift):
-            """A thread's weights of 64 columns, for its two rows."""
-            first = load(at[0], at[1], block, t, last_column, shift)
-            return first, load(at[2], at[3], block, t, last_column, shift)
-    else:
+    @device_function
+    def load_rows(w, s, other_w, other_s, block, t, last_column, shift):
+        """A thread's weights of 64 columns of two rows."""
+        first = load(w, s, block, t, last_column, shift)
+        return first, load(other_w, other_s, block, t, last_column, shift)
 
-        @device_function
-        def load_block(at, block, t, last_column, shift):
-            """The same for the rows of two subtiles."""
-            first = load(at[0], at[1], block, t, last_column, shift)
-            second = load(at[2], at[3], block, t, last_column, shift)
-            third = load(at[4], at[5], block, t, last_column, shift)
-            return first, second, third, load(at[6], at[7], block, t, last_column, shift)
-
-    if depth == 1:
-
-        @device_function
-        def first_loads(at, block, t, last_column, shift):
-            return (load_block(at, block, t, last_column, shift),)
-    elif depth == 2:
-
-        @device_function
-        def first_loads(at, block, t, last_column, shift):
-            now = load_block(at, block, t, last_column, shift)
-            return now, load_block(at, block + 1, t, last_column, shift)
-    else:
-
-        @device_function
-        def first_loads(at, block, t, last_column, shift):
-            now = load_block(at, block, t, last_column, shift)
-            second = load_block(at, block + 1, t, last_column, shift)
-            third = load_block(at, block + 2, t, last_column, shift)
-            return now, second, third, load_block(at, block + 3, t, last_column, shift)
+    @device_function
+    def following(stage, phase):
+        """The stage after one, and its phase."""
+        if stage == stages - 1:
+            return int32(0), int32(phase ^ 1)
+        return int32(stage + 1), phase
 
     @device_function
     def copy_tiles(x, x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, lane):
@@ -166,7 +141,7 @@ def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Ke
     @kernel(
         "i8p u16p i32 u16p i32 f32 f32p f32p f32p u16p i32 f32 i32 i32 i32 i32 f32p i32p",
         threads=CONSUMERS + (128 if roomy else 32),
-        blocks=2 if together else 1,
+        blocks=blocks_together(width, subtiles),
         hot=True,
         fast=True,
         only=(9, 0) if roomy else None,
@@ -243,37 +218,57 @@ def _linear(kind: str, width: int, subtiles: int, depth: int, gated: bool) -> Ke
             s0, s1 = address(scales) + int64(r0) * groups * 2, address(scales) + int64(r1) * groups * 2
             s2, s3 = address(scales) + int64(r2) * groups * 2, address(scales) + int64(r3) * groups * 2
 
-            row_addresses = (w0, s0, w1, s1) if subtiles == 1 else (w0, s0, w1, s1, w2, s2, w3, s3)
-            ahead = first_loads(row_addresses, first, t, last_column, shift)
+            # Weights are loaded again into the registers that were just widened: any copy from register to register
+            # would wait for what is under way.
+            ahead = load_rows(w0, s0, w1, s1, first, t, last_column, shift)
+            if subtiles == 1:
+                behind = load_rows(w0, s0, w1, s1, int32(first + 1), t, last_column, shift)
+            else:
+                behind = load_rows(w2, s2, w3, s3, first, t, last_column, shift)
             wait_for_previous_kernel()  # weights could be asked for before
             acc0 = zero()
             acc1 = zero()
-            for block in range(first, end):
-                now = ahead[0]
-                later = load_block(row_addresses, int32(block + depth), t, last_column, shift)
-                ahead = ahead[1:] + (later,)  # noqa: RUF005 - Numba can't unpack here
-                wide = widen(now[0], now[1])
-                at = int32(stages_at + stage * stage_bytes)
-                barrier_wait(full + 8 * stage, phase)
-                acc0 = product(acc0, wide, at, lane)
+            block = first
+            while block < end:
                 if subtiles == 1:
-                    acc0 = done(acc0)  # the next block's weights are widened into the same registers
+                    wide = widen(ahead[0], ahead[1])
+                    ahead = load_rows(w0, s0, w1, s1, int32(block + 2), t, last_column, shift)
+                    barrier_wait(full + 8 * stage, phase)
+                    acc0 = done(product(acc0, wide, int32(stages_at + stage * stage_bytes), lane))
+                    if lane == 0:
+                        barrier_arrive(empty + 8 * stage)
+                    stage, phase = following(stage, phase)
+                    block = int32(block + 1)
+                    if block < end:
+                        wide = widen(behind[0], behind[1])
+                        behind = load_rows(w0, s0, w1, s1, int32(block + 2), t, last_column, shift)
+                        barrier_wait(full + 8 * stage, phase)
+                        acc0 = done(product(acc0, wide, int32(stages_at + stage * stage_bytes), lane))
+                        if lane == 0:
+                            barrier_arrive(empty + 8 * stage)
+                        stage, phase = following(stage, phase)
+                        block = int32(block + 1)
                 else:
+                    at = int32(stages_at + stage * stage_bytes)
+                    wide = widen(ahead[0], ahead[1])
+                    ahead = load_rows(w0, s0, w1, s1, int32(block + 1), t, last_column, shift)
+                    barrier_wait(full + 8 * stage, phase)
+                    acc0 = product(acc0, wide, at, lane)
                     wait_for_products()
-                if block > first and lane == 0:  # now all products of the stage before are done
-                    barrier_arrive(emptied)
-                if subtiles == 2:
-                    acc1 = product(acc1, widen(now[2], now[3]), at, lane)
+                    if block > first and lane == 0:  # now all products of the stage before are done
+                        barrier_arrive(emptied)
+                    wide = widen(behind[0], behind[1])
+                    behind = load_rows(w2, s2, w3, s3, int32(block + 1), t, last_column, shift)
+                    acc1 = product(acc1, wide, at, lane)
                     wait_for_products()
-                emptied = int32(empty + 8 * stage)
-                stage = int32(stage + 1)
-                if stage == stages:
-                    stage, phase = int32(0), int32(phase ^ 1)
-            acc0 = done(acc0)
+                    emptied = int32(empty + 8 * stage)
+                    stage, phase = following(stage, phase)
+                    block = int32(block + 1)
             if subtiles == 2:
+                acc0 = done(acc0)
                 acc1 = done(acc1)
-            if lane == 0:
-                barrier_arrive(emptied)
+                if lane == 0:
+                    barrier_arrive(emptied)
 
             complete = True
             if splits > 1:
@@ -346,16 +341,10 @@ def linear_mma(
     if plan.splits > 1:
         partial = stream.scratch("partial", plan.tiles * plan.splits * plan.subtiles * CONSUMERS * plan.width // 2)
         counters = stream.counters(plan.tiles)
-    depth = plan.depth if kind == "int8" else (plan.depth + 1) // 2
-    together = 2 if plan.subtiles == 1 and plan.width <= 32 and depth <= 2 else 1  # blocks of a multiprocessor
+    slots = blocks_together(plan.width, plan.subtiles) * multiprocessors
     stream.launch(
-        _linear(kind, plan.width, plan.subtiles, depth, gated),
-        *(
-            min(together * multiprocessors, plan.tiles * plan.splits),
-            codes,
-            scales,
-            shift,
-        ),
+        _linear(kind, plan.width, plan.subtiles, gated),
+        *(min(slots, plan.tiles * plan.splits), codes, scales, shift),
         *(x.data, x.rows, x.factor, bias, residual, *target),
         *(rows, columns, tokens, plan.splits, partial, counters),
         shared=plan.shared,

@@ -18,7 +18,6 @@ class Plan:
 
     width: int
     subtiles: int
-    depth: int
     splits: int
     tiles: int  # of the result
 
@@ -28,10 +27,16 @@ class Plan:
         return 1024 + STAGES * (self.width * 2 * BLOCK + 16) + 2 * store_bytes(self.width) + 16
 
 
-# What a block costs beside its products, in the time of those of 64 columns of 256 rows and 128 tokens: filling the
-# pipeline and storing the tile; where columns are split, leaving partial sums and adding them up; and what products of
-# one subtile cost more, as they wait for each other. Measured on an H100, but for the last.
+def blocks_together(width: int, subtiles: int) -> int:
+    """How many blocks of a kernel a multiprocessor has room for: two hide each other's waits."""
+    return 2 if subtiles == 1 and width <= 32 else 1
+
+
+# What a block costs beside its products, in the time of those of 64 columns: filling the pipeline and storing the tile;
+# where columns are split, leaving partial sums and adding them up, for each part; and what products of one subtile cost
+# more, as they wait for each other. Measured on an H100: tiles of 128 tokens, and of 32 (12 shapes, 1 to 16 parts).
 TILE_COST, SPLIT_COST, ALONE_COST = 5.0, 5.0, 1.9
+NARROW_TILE_COST, NARROW_SPLIT_COST = 11.3, 0.9
 
 
 @cache
@@ -43,14 +48,16 @@ def choose(rows: int, columns: int, tokens: int, gated: bool, multiprocessors: i
     for subtiles in (1, 2) if wide and width == 128 else (1,):
         tile_rows = 64 * subtiles if gated else 128 * subtiles
         tiles = -(-rows // tile_rows) * -(-tokens // width)
-        share = subtiles / 2 * max(width, 64) / 128  # of the time of a whole tile
-        slots = multiprocessors * (2 if width <= 32 else 1)
+        slots = multiprocessors * blocks_together(width, subtiles)
         for splits in range(1, max(1, min(16, blocks // 2)) + 1):
-            rounds = -(-tiles * splits // slots)
-            work = -(-blocks // splits) * share * (1 if subtiles == 2 else ALONE_COST)
-            cost = rounds * (work + share * (TILE_COST + (SPLIT_COST * splits if splits > 1 else 0)))
-            depth = {16: 2, 32: 1 if gated else 2, 64: 4, 128: 1}[width]
+            rounds, work = -(-tiles * splits // slots), -(-blocks // splits)
+            parts = splits if splits > 1 else 0
+            if width < 128:
+                cost = rounds * (work + NARROW_TILE_COST + NARROW_SPLIT_COST * parts)
+            else:
+                each = work * (1 if subtiles == 2 else ALONE_COST) + TILE_COST + SPLIT_COST * parts
+                cost = rounds * subtiles / 2 * each
             if best is None or cost < best[0] * 0.97:
-                best = cost, Plan(width, subtiles, depth, splits, tiles)
+                best = cost, Plan(width, subtiles, splits, tiles)
     assert best is not None
     return best[1]

@@ -41,8 +41,9 @@ def _widen_word(word, scale):
 
 @device_function
 def _widen_int8(top, bottom):
-    """Per product: rows g, g + 8 of its first 8 columns, then of its last 8. top, bottom: (four words, scale)."""
-    (a, top_scale), (b, bottom_scale) = top, bottom
+    """Per product: rows g, g + 8 of its first 8 columns, then of its last 8. top, bottom: (four words, a scale)."""
+    a, b = top[0], bottom[0]
+    top_scale, bottom_scale = double_half(top[1]), double_half(bottom[1])
     p0, p2 = _widen_word(a[0], top_scale)
     p1, p3 = _widen_word(b[0], bottom_scale)
     q0, q2 = _widen_word(a[1], top_scale)
@@ -106,14 +107,14 @@ def weight_loader(kind: str) -> tuple[Any, Any, int]:
 
         @device_function
         def load(row, scales, block, t, last_column, shift):
-            column = int32(min(block * BLOCK + 16 * t, last_column))
-            return load_weights(row + column), double_half(load_constant_u16(scales + 2 * (column >> shift)))
+            column = min(int32(block * BLOCK + 16 * t), last_column)
+            return load_weights(row + column), load_constant_u16(scales + 2 * (column >> shift))
 
         return load, _widen_int8, 1
 
     @device_function
     def load_halves(row, scales, block, t, last_column, shift):
-        column = int32(min(block * BLOCK + 16 * t, last_column))
+        column = min(int32(block * BLOCK + 16 * t), last_column)
         return load_weights(row + 2 * column), load_weights(row + 2 * column + 16)
 
     return load_halves, _widen_half if kind == "float16" else _widen_bfloat, 2

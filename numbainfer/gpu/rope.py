@@ -7,26 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from numba import cuda
-from numpy import float32
+from numpy import float32, int32, int64
 
 from numbainfer.gpu.compile import device_function, family, kernel
 from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.memory import DeviceArray
-from numbainfer.gpu.ptx import advance, float_to_half, half_to_float, wait_for_previous_kernel
-from numbainfer.gpu.reduce import block_sum
+from numbainfer.gpu.ptx import advance, float_to_half, half_to_float, still, wait_for_previous_kernel
+from numbainfer.gpu.reduce import warp_sum
 
 PAGE = 64
 THREADS = 128
-
-
-@device_function
-def rotated(head, i, half, cos, sin):
-    """Element i of a head after the rotation by a position's angles; cos, sin [half]."""
-    if i < half:
-        return head[i] * cos[i] - head[i + half] * sin[i]
-    if i < 2 * half:
-        return head[i] * cos[i - half] + head[i - half] * sin[i - half]
-    return head[i]
+WARPS = 8
 
 
 @kernel("f32p i32 i32 i32p f32p f32p i32", threads=THREADS)
@@ -79,40 +70,65 @@ def as_stored(value):
 def _rope_and_store(dtype: str):
     pages, put = ("f32p", put_f32) if dtype == "float32" else ("u16p", put_f16)
 
-    @kernel(f"f32p i32 i32 i32 f32p f32p i32 f32 i32p i32p f32p f32p i32 {pages} {pages} i32p i32", threads=THREADS)
+    @kernel(
+        f"f32p i32 i32 i32 f32p f32p i32 f32 i32p i32p f32p f32p i32 {pages} {pages} i32p i32",
+        threads=32 * WARPS,
+        blocks=4,
+    )
     def rope_and_store(
         qkv, heads, kv_heads, head_dim, q_norm, k_norm, normed, eps, positions, sequences, cos, sin, half,
         k_pages, v_pages, page_table, pages_per_sequence,
     ):  # fmt: skip
-        # A block is one head of one token: query heads first, then those of keys and of values.
+        # A block is a token, or a part of its heads; a warp takes one head at a time, a lane both elements of a pair.
+        # Query heads come first, then those of keys and of values.
         wait_for_previous_kernel()
-        partial, turned = cuda.shared.array(32, float32), cuda.shared.array(512, float32)
-        token, h, thread = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
-        head = advance(qkv, (token * (heads + 2 * kv_heads) + h) * head_dim)
+        token, warp, lane = cuda.blockIdx.x, cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
         position = positions[token]
-        if h < heads + kv_heads:
-            factor = float32(1)
-            if normed:
-                squares = float32(0)
-                for i in range(thread, head_dim, THREADS):
-                    squares += head[i] * head[i]
-                factor = float32(1) / math.sqrt(block_sum(squares, partial) / float32(head_dim) + eps)
-            for i in range(thread, head_dim, THREADS):
-                weight = float32(1)
+        cos, sin = advance(cos, position * half), advance(sin, position * half)
+        page = page_table[sequences[token] * pages_per_sequence + position // PAGE]
+        for h in range(cuda.blockIdx.y * WARPS + warp, heads + 2 * kv_heads, cuda.gridDim.y * WARPS):
+            head = advance(qkv, (token * (heads + 2 * kv_heads) + h) * head_dim)
+            g = h - heads if h < heads + kv_heads else h - heads - kv_heads
+            slot = ((int64(page) * kv_heads + g) * PAGE + position % PAGE) * head_dim
+            if h >= heads + kv_heads:
+                i = int32(lane)
+                while i < head_dim:
+                    i = still(i)
+                    put(v_pages, slot + i, head[i])
+                    i = int32(i + 32)
+            else:
+                factor, norm = float32(1), q_norm if h < heads else k_norm
                 if normed:
-                    weight = q_norm[i] if h < heads else k_norm[i]
-                turned[i] = head[i] * factor * weight
-            cuda.syncthreads()
-            row = position * half
-            for i in range(thread, head_dim, THREADS):
-                head[i] = rotated(turned, i, half, advance(cos, row), advance(sin, row))
-            cuda.syncthreads()
-        if h >= heads:
-            target, g = (k_pages, h - heads) if h < heads + kv_heads else (v_pages, h - heads - kv_heads)
-            page = page_table[sequences[token] * pages_per_sequence + position // PAGE]
-            slot = ((page * kv_heads + g) * PAGE + position % PAGE) * head_dim
-            for i in range(thread, head_dim, THREADS):
-                put(target, slot + i, head[i])
+                    squares = float32(0)
+                    i = int32(lane)
+                    while i < head_dim:
+                        i = still(i)
+                        squares += head[i] * head[i]
+                        i = int32(i + 32)
+                    factor = float32(1) / math.sqrt(warp_sum(squares) / float32(head_dim) + eps)
+                i = int32(lane)
+                while i < half:
+                    i = still(i)
+                    first, second = head[i] * factor, head[i + half] * factor
+                    if normed:
+                        first, second = first * norm[i], second * norm[i + half]
+                    c, s = cos[i], sin[i]
+                    turned, other = first * c - second * s, second * c + first * s
+                    if h < heads:
+                        head[i], head[i + half] = turned, other
+                    else:
+                        put(k_pages, slot + i, turned)
+                        put(k_pages, slot + i + half, other)
+                    i = int32(i + 32)
+                i = int32(2 * half + lane)
+                while i < head_dim:  # what is not rotated
+                    i = still(i)
+                    value = head[i] * factor * (norm[i] if normed else float32(1))
+                    if h < heads:
+                        head[i] = value
+                    else:
+                        put(k_pages, slot + i, value)
+                    i = int32(i + 32)
 
     return rope_and_store
 
@@ -139,9 +155,11 @@ class HeldRope(Held):
         """rope_and_store by itself."""
         _, kv_heads, _, head_dim = self.k_pages.shape
         half = 0 if self.cos is None else self.cos.shape[1]
+        tokens, most = self.qkv.shape[0], -(-(self.heads + 2 * kv_heads) // WARPS)
+        parts = min(most, -(-4 * self.stream.gpu.multiprocessors // tokens))  # of a token, where there are few tokens
         self.stream.launch(
             _rope_and_store(str(self.k_pages.dtype)),
-            *((self.qkv.shape[0], self.heads + 2 * kv_heads), self.qkv, self.heads, kv_heads, head_dim),
+            *((tokens, parts), self.qkv, self.heads, kv_heads, head_dim),
             *(self.q_norm, self.k_norm, int(self.q_norm is not None), self.eps, self.positions, self.sequences),
             *(self.cos, self.sin, half, self.k_pages, self.v_pages, self.page_table, self.page_table.shape[1]),
         )

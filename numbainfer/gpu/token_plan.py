@@ -193,7 +193,9 @@ def longest_way(shape: Shape, blocks: int, slot_codes: int, warps: int) -> int:
     """
     stride, way = warps // shape.parts, 0
     for count in (shape.pairs // blocks, -(-shape.pairs // blocks)):
-        rows = (count - 1) // -(-count // (slot_codes // shape.width)) + 1  # of a slot
-        within = -(-stride // rows)
-        way = max(way, within if shape.halves == 1 else within + 1 + (stride - 1) // rows)
+        slots = -(-count // (slot_codes // shape.width))  # of a half
+        rows = (count - 1) // slots + 1  # of a slot
+        within = min(-(-stride // rows), slots)  # or from the end of the matrix before
+        across = min(within + 1 + (stride - 1) // rows, slots)
+        way = max(way, within if shape.halves == 1 else across)
     return way
