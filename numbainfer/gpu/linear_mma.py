@@ -78,6 +78,7 @@ def _last(value, limit):
 def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
     """kind: of weights. width: tokens of a tile. gated: W's rows are gate and up, and the result silu(gate) * up as
     HalfRows."""
+    deep = subtiles == 1 and width < 128  # weights of two blocks of 64 columns on their way: there are registers for it
     roomy = subtiles == 2  # more registers than an even share, which sm_90 knows how to deal
     give_registers, take_registers = fewer_registers(40), more_registers(232)
     stages = STAGES
@@ -221,9 +222,9 @@ def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
             # Weights are loaded again into the registers that were just widened: any copy from register to register
             # would wait for what is under way.
             ahead = load_rows(w0, s0, w1, s1, first, t, last_column, shift)
-            if subtiles == 1:
+            if deep:
                 behind = load_rows(w0, s0, w1, s1, int32(first + 1), t, last_column, shift)
-            else:
+            if subtiles == 2:
                 behind = load_rows(w2, s2, w3, s3, first, t, last_column, shift)
             wait_for_previous_kernel()  # weights could be asked for before
             acc0 = zero()
@@ -232,22 +233,23 @@ def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
             while block < end:
                 if subtiles == 1:
                     wide = widen(ahead[0], ahead[1])
-                    ahead = load_rows(w0, s0, w1, s1, int32(block + 2), t, last_column, shift)
+                    ahead = load_rows(w0, s0, w1, s1, int32(block + (2 if deep else 1)), t, last_column, shift)
                     barrier_wait(full + 8 * stage, phase)
                     acc0 = done(product(acc0, wide, int32(stages_at + stage * stage_bytes), lane))
                     if lane == 0:
                         barrier_arrive(empty + 8 * stage)
                     stage, phase = following(stage, phase)
                     block = int32(block + 1)
-                    if block < end:
-                        wide = widen(behind[0], behind[1])
-                        behind = load_rows(w0, s0, w1, s1, int32(block + 2), t, last_column, shift)
-                        barrier_wait(full + 8 * stage, phase)
-                        acc0 = done(product(acc0, wide, int32(stages_at + stage * stage_bytes), lane))
-                        if lane == 0:
-                            barrier_arrive(empty + 8 * stage)
-                        stage, phase = following(stage, phase)
-                        block = int32(block + 1)
+                    if deep:  # noqa: SIM102 - Numba drops what a constant alone rules out
+                        if block < end:
+                            wide = widen(behind[0], behind[1])
+                            behind = load_rows(w0, s0, w1, s1, int32(block + 2), t, last_column, shift)
+                            barrier_wait(full + 8 * stage, phase)
+                            acc0 = done(product(acc0, wide, int32(stages_at + stage * stage_bytes), lane))
+                            if lane == 0:
+                                barrier_arrive(empty + 8 * stage)
+                            stage, phase = following(stage, phase)
+                            block = int32(block + 1)
                 else:
                     at = int32(stages_at + stage * stage_bytes)
                     wide = widen(ahead[0], ahead[1])

@@ -12,7 +12,14 @@ from numpy import float32, int32, int64
 from numbainfer.gpu.compile import device_function, family, kernel
 from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.memory import DeviceArray
-from numbainfer.gpu.ptx import advance, float_to_half, half_to_float, still, wait_for_previous_kernel
+from numbainfer.gpu.ptx import (
+    advance,
+    float_to_half,
+    half_to_float,
+    let_next_kernel_start,
+    still,
+    wait_for_previous_kernel,
+)
 from numbainfer.gpu.reduce import warp_sum
 
 PAGE = 64
@@ -81,6 +88,7 @@ def _rope_and_store(dtype: str):
     ):  # fmt: skip
         # A block is a token, or a part of its heads; a warp takes one head at a time, a lane both elements of a pair.
         # Query heads come first, then those of keys and of values.
+        let_next_kernel_start()
         wait_for_previous_kernel()
         token, warp, lane = cuda.blockIdx.x, cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
         position = positions[token]
