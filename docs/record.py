@@ -8,6 +8,7 @@ Qwen2.5-Coder-0.5B-Instruct).
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def settle(session: str, limit: float = 120.0) -> None:
 
 def picture(screen: str) -> str:
     """An SVG of what a terminal shows; without the web font that rich would fetch."""
-    console = Console(width=COLUMNS, record=True, file=open("/dev/null", "w"), force_terminal=True)  # noqa: SIM115
+    console = Console(width=COLUMNS, record=True, file=io.StringIO(), force_terminal=True)
     for line in screen.splitlines():
         console.print(Text.from_ansi(line), soft_wrap=True)
     svg = console.export_svg(title="numbainfer")

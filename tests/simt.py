@@ -599,18 +599,18 @@ def _steps(body: Callable, arguments: list) -> Steps:
 # --- launching ---------------------------------------------------------------------------------------------------
 
 
-class Deadlock(Exception):  # noqa: N818
+class DeadlockError(Exception):
     """All threads wait for each other, or a launch takes too long."""
 
 
-def _report(why: str, threads: list[Thread]) -> Deadlock:
+def _report(why: str, threads: list[Thread]) -> DeadlockError:
     groups: dict[tuple, list[int]] = defaultdict(list)
     for thread in threads:
         if thread.steps.gi_frame is not None:
             index = thread.block.index
             groups[index.z, index.y, index.x, thread.where()].append(thread.index)
     lines = [f"block {key[2::-1]}, threads {_ranges(indices)}: {key[3]}" for key, indices in groups.items()]
-    return Deadlock("\n".join([why, *lines]))
+    return DeadlockError("\n".join([why, *lines]))
 
 
 def _ranges(numbers: list[int]) -> str:

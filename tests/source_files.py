@@ -105,6 +105,17 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{extra.get(part) or PARTS[part][0]}.{kind}"
 
 
+GGUF_TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "qwen2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab", "<|im_end|>"],
+    "tokenizer.ggml.token_type": [1, 1, 1, 3],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.eos_token_id": 3,
+}
+"""Metadata of the smallest tokenizer that a GGUF may have."""
+
+
 def gguf_metadata(architecture: str = "llama") -> dict[str, int | float | str]:
     """The keys that every model of ours needs; a float is written as float32, an int as uint32."""
     keys: dict[str, int | float] = {

@@ -36,15 +36,6 @@ from numbainfer.converters.source import open_source
 from numbainfer.converters.source_reader import Target
 from numbainfer.registry import Operators
 
-TOKENIZER = {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "qwen2",
-    "tokenizer.ggml.tokens": ["a", "b", "ab", "<|im_end|>"],
-    "tokenizer.ggml.token_type": [1, 1, 1, 3],
-    "tokenizer.ggml.merges": ["a b"],
-    "tokenizer.ggml.eos_token_id": 3,
-}
-
 
 class Format:
     """How a format's file is made, which of its files is damaged, and how far its structure goes."""
@@ -100,8 +91,10 @@ def gguf_file(path: Path, kind: gguf.GGMLQuantizationType | None = None) -> Path
                 values = rng.standard_normal(shape).astype(np.float32)
                 whole_blocks = shape[1] % 32 == 0
                 tensors[f"blk.{layer}.{part}.weight"] = (quantize(values, kind), kind) if whole_blocks else values
-        return files.write_gguf(path, tensors, files.gguf_metadata() | {"llama.feed_forward_length": 32} | TOKENIZER)
-    return files.write_gguf(path, tensors, files.gguf_metadata() | TOKENIZER)
+        return files.write_gguf(
+            path, tensors, files.gguf_metadata() | {"llama.feed_forward_length": 32} | files.GGUF_TOKENIZER
+        )
+    return files.write_gguf(path, tensors, files.gguf_metadata() | files.GGUF_TOKENIZER)
 
 
 def quantized(path: Path, method: str) -> Path:

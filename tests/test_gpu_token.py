@@ -275,7 +275,7 @@ def _too_late(flags):
 @pytest.mark.parametrize("order", [None, 1])
 def test_deadlock_is_told(order: int | None) -> None:
     """Who waits where."""
-    with pytest.raises(simt.Deadlock) as failure:
+    with pytest.raises(simt.DeadlockError) as failure:
         simt.launch(_too_late, 2, np.zeros(2, np.int32), shared=16, together=True, order=order)
     lines = sorted(str(failure.value).splitlines()[1:])
     assert [line.split(": ")[0] for line in lines] == [

@@ -13,15 +13,6 @@ import source_files as files
 from numbainfer import NumbaInferError
 from numbainfer.converters.source import open_source
 
-GGUF_TOKENIZER = {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "qwen2",
-    "tokenizer.ggml.tokens": ["a", "b", "ab", "<|im_end|>"],
-    "tokenizer.ggml.token_type": [1, 1, 1, 3],
-    "tokenizer.ggml.merges": ["a b"],
-    "tokenizer.ggml.eos_token_id": 3,
-}
-
 
 def message(path: Path) -> str | None:
     """What open_source, and reading all that it opens, has against `path`; None if nothing."""
@@ -55,7 +46,7 @@ def small_gguf(path: Path) -> tuple[bytes, int]:
         "token_embd.weight": np.ones((files.VOCAB, files.HIDDEN), np.float32),
         "blk.0.attn_q.weight": np.ones((24, 24), np.float16),
     }
-    files.write_gguf(path, tensors, files.gguf_metadata() | GGUF_TOKENIZER)
+    files.write_gguf(path, tensors, files.gguf_metadata() | files.GGUF_TOKENIZER)
     data = path.read_bytes()
     return data, data.index(b"blk.0.attn_q.weight") + 64
 
