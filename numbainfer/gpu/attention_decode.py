@@ -42,8 +42,6 @@ from numbainfer.gpu.rope import PAGE, HeldRope, put_f16
 WARPS = 8
 THREADS = 32 * WARPS
 _LOG2_E = math.log2(math.e)
-
-
 FORMS = ((True, False), (False, False), (False, True))  # fused, halves
 
 
@@ -81,7 +79,6 @@ def _decode(head_dim: int, shared: int, fused: bool, halves: bool):
     chunk = KEYS * WARPS  # keys that the warps of a block read at a time
     least = 128 // head_dim  # chunks of a part: merging parts takes as long as reading 32 KB of keys
     at_key, at_value = 4 * width, 4 * (width + head_dim)
-
     at_tops, at_totals, at_summary = layout.tops, layout.totals, layout.summary
 
     @device_function

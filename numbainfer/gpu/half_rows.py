@@ -129,9 +129,9 @@ def load_four(at, column, width):
 
 
 @device_function
-def load_unit(at, block, quarter, width):
-    """Columns 16j + 4 * quarter to + 3 of a block of a row, j = 0 to 3; zeros beyond the row."""
-    column = int32(64 * block + 4 * quarter)
+def load_unit(at, unit, width):
+    """What `store_unit` writes of a row, block unit / 4 and quarter unit % 4; zeros beyond the row."""
+    column = int32(64 * (unit >> 2) + 4 * (unit & 3))
     first, second = load_four(at, column, width), load_four(at, column + 16, width)
     return first, second, load_four(at, column + 32, width), load_four(at, column + 48, width)
 
@@ -154,11 +154,10 @@ def _halves(kind: str) -> Kernel:
         at = address(x) + int64(token) * width * (8 if kind == "swiglu" else 4)
         units = ((width + 63) >> 6) * 4
         unit = int32(cuda.threadIdx.x)
-        block, quarter = int32(unit >> 2), int32(unit & 3)
-        v = load_unit(at, block, quarter, width)
+        v = load_unit(at, unit, width)
         if kind == "norm":
             # The thread's first unit stays in registers: all of a row of up to 4096.
-            w = load_unit(address(weight), block, quarter, width)
+            w = load_unit(address(weight), unit, width)
             partial = cuda.shared.array(32, float32)
             squares = squares_of(v[0]) + squares_of(v[1]) + squares_of(v[2]) + squares_of(v[3])
             for column in range(16 * THREADS + 4 * cuda.threadIdx.x, width, 4 * THREADS):
@@ -169,15 +168,14 @@ def _halves(kind: str) -> Kernel:
             if kind == "norm":
                 v0, v1, v2, v3 = times(v0, w[0]), times(v1, w[1]), times(v2, w[2]), times(v3, w[3])
             if kind == "swiglu":
-                u = load_unit(at + 4 * width, block, quarter, width)
+                u = load_unit(at + 4 * width, unit, width)
                 v0, v1, v2, v3 = gate(v0, u[0]), gate(v1, u[1]), gate(v2, u[2]), gate(v3, u[3])
-            store_unit(out, rows, token, block, quarter, v0, v1, v2, v3, inverse)
+            store_unit(out, rows, token, int32(unit >> 2), int32(unit & 3), v0, v1, v2, v3, inverse)
             unit = int32(unit + THREADS)
             if unit < units:
-                block, quarter = int32(unit >> 2), int32(unit & 3)
-                v = load_unit(at, block, quarter, width)
+                v = load_unit(at, unit, width)
                 if kind == "norm":
-                    w = load_unit(address(weight), block, quarter, width)
+                    w = load_unit(address(weight), unit, width)
 
     return halves
 

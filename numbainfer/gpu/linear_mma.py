@@ -122,6 +122,15 @@ def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
         return int32(stage + 1), phase
 
     @device_function
+    def multiply_stage(acc, wide, stages_at, full, stage, phase, lane):
+        """acc + the products of a stage, which is then left to the copying warp; its barriers begin at `full`."""
+        barrier_wait(full + 8 * stage, phase)
+        acc = done(product(acc, wide, int32(stages_at + stage * stage_bytes), lane))
+        if lane == 0:
+            barrier_arrive(full + 8 * (stages + stage))
+        return acc
+
+    @device_function
     def copy_tiles(x, x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, lane):
         """The copying warp: brings the tokens' tiles, stage after stage."""
         stage, phase = int32(0), int32(1)
@@ -234,20 +243,14 @@ def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
                 if subtiles == 1:
                     wide = widen(ahead[0], ahead[1])
                     ahead = load_rows(w0, s0, w1, s1, int32(block + (2 if deep else 1)), t, last_column, shift)
-                    barrier_wait(full + 8 * stage, phase)
-                    acc0 = done(product(acc0, wide, int32(stages_at + stage * stage_bytes), lane))
-                    if lane == 0:
-                        barrier_arrive(empty + 8 * stage)
+                    acc0 = multiply_stage(acc0, wide, stages_at, full, stage, phase, lane)
                     stage, phase = following(stage, phase)
                     block = int32(block + 1)
                     if deep:  # noqa: SIM102 - Numba drops what a constant alone rules out
                         if block < end:
                             wide = widen(behind[0], behind[1])
                             behind = load_rows(w0, s0, w1, s1, int32(block + 2), t, last_column, shift)
-                            barrier_wait(full + 8 * stage, phase)
-                            acc0 = done(product(acc0, wide, int32(stages_at + stage * stage_bytes), lane))
-                            if lane == 0:
-                                barrier_arrive(empty + 8 * stage)
+                            acc0 = multiply_stage(acc0, wide, stages_at, full, stage, phase, lane)
                             stage, phase = following(stage, phase)
                             block = int32(block + 1)
                 else:
