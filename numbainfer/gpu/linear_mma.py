@@ -80,7 +80,7 @@ def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
     HalfRows."""
     deep = subtiles == 1 and width < 128  # weights of two blocks of 64 columns on their way: there are registers for it
     roomy = subtiles == 2  # more registers than an even share, which sm_90 knows how to deal
-    give_registers, take_registers = fewer_registers(40), more_registers(232)
+    give_registers, take_registers = fewer_registers(24), more_registers(240)  # of 168 for each of 384 threads
     stages = STAGES
     zero, product, done = zeros(width), multiply(width), finished(width)
     spill_tile, add_tile = spill(width), add_spilled(width)
@@ -149,7 +149,7 @@ def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
                     stage, phase = int32(0), int32(phase ^ 1)
 
     @kernel(
-        "i8p u16p i32 u16p i32 f32 f32p f32p f32p u16p i32 f32 i32 i32 i32 i32 f32p i32p",
+        "i8p u16p i32 u16p i32 f32 f32p f32p f32p u16p i32 f32 i32 i32 i32 i32 i32 f32p i32p",
         threads=CONSUMERS + (128 if roomy else 32),
         blocks=blocks_together(width, subtiles),
         hot=True,
@@ -173,6 +173,7 @@ def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
         D,
         T,
         splits,
+        items,
         partial,
         counters,
     ):
@@ -186,7 +187,6 @@ def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
         warp, lane = int32(thread >> 5), int32(thread & 31)
         blocks = int32((D + BLOCK - 1) >> 6)
         token_tiles = int32((T + width - 1) // width)
-        items = int32((N + block_rows - 1) // block_rows * splits * token_tiles)
         if thread == 0:
             for stage in range(stages):
                 barrier_init(full + 8 * stage, fetch_arrivals())
@@ -351,7 +351,7 @@ def linear_mma(
         _linear(kind, plan.width, plan.subtiles, gated),
         *(min(slots, plan.tiles * plan.splits), codes, scales, shift),
         *(x.data, x.rows, x.factor, bias, residual, *target),
-        *(rows, columns, tokens, plan.splits, partial, counters),
+        *(rows, columns, tokens, plan.splits, plan.tiles * plan.splits, partial, counters),
         shared=plan.shared,
     )
 
