@@ -12,7 +12,7 @@ from numbainfer.quantization import QuantizedMatrix, QuantizedRows, dequantize
 
 pytest.importorskip("numba_cuda", reason="the gpu extra is not installed")
 
-from numbainfer.gpu.half_rows import HalfRows, pack, unpack
+from numbainfer.gpu.half_rows import HalfRows, pack, padded, unpack
 from numbainfer.gpu.mma_plan import choose
 
 TOKENS = [5, 16, 17, 33, 64, 65, 130, 300]  # around the tiles of 16, 32, 64 and 128 tokens
@@ -41,10 +41,11 @@ def test_layout(tokens: int, width: int) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(1, 32), (896, 4864), (4096, 14336), (128256, 2048)])
 def test_plans_cover_all_tiles(rows: int, columns: int, tokens: int, gated: bool) -> None:
     """Each part of the columns has a block of 64, each row and token a tile."""
-    for wide in (False, True):
-        plan = choose(rows, columns, tokens, gated, 132, wide)
-        tile = (64 if gated else 128) * plan.subtiles
-        assert plan.tiles * tile * plan.width >= rows * tokens
+    for paired in (False, True):
+        plan = choose(rows, columns, tokens, gated, 132, paired)
+        tile_rows, tile_tokens = -(-rows // (64 if gated else 128)), -(-tokens // plan.width)
+        assert plan.tiles == (tile_rows + tile_rows % 2 if plan.paired else tile_rows) * tile_tokens
+        assert padded(tokens) >= plan.width * tile_tokens or plan.width < 128
         assert 1 <= plan.splits <= -(-columns // 64)
         assert plan.shared <= 227 << 10
 

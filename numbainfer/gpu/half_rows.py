@@ -41,12 +41,16 @@ from numbainfer.gpu.reduce import block_sum
 from numbainfer.memory import MemoryPool
 from numbainfer.quantization import QuantizedRows
 
-TILE = 128  # rows are a multiple of this: the widest tile of tokens
 BLOCK = 64  # columns
 THREADS = 256
 HIDDEN_FACTOR = 64.0
 """What MLP activations are divided by in float16: silu(gate) * up has outliers in the thousands in some models, and
 16-bit floats lose nothing down to 2^-14 of a unit, so 4 million and 4e-3 are both within reach."""
+
+
+def padded(tokens: int) -> int:
+    """Rows for so many tokens: whole tiles of the widest that products take of them (mma_plan.py)."""
+    return 128 if tokens <= 128 else -(-tokens // 256) * 256
 
 
 @dataclass
@@ -60,8 +64,7 @@ class HalfRows:
 
     @classmethod
     def empty(cls, pool: MemoryPool, tokens: int, width: int, factor: float = 1.0) -> HalfRows:
-        rows = -(-tokens // TILE) * TILE
-        return cls(pool.zeros((-(-width // BLOCK), rows, BLOCK), np.uint16), tokens, width, factor)
+        return cls(pool.zeros((-(-width // BLOCK), padded(tokens), BLOCK), np.uint16), tokens, width, factor)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -230,7 +233,7 @@ def half_index(rows, token, column):
 
 def scratch_halves(stream: Stream, name: str, tokens: int, width: int, factor: float = 1.0) -> HalfRows:
     """HalfRows in the stream's scratch memory of that name."""
-    shape = (-(-width // BLOCK), -(-tokens // TILE) * TILE, BLOCK)
+    shape = (-(-width // BLOCK), padded(tokens), BLOCK)
     return HalfRows(stream.scratch(name, shape, np.uint16), tokens, width, factor)
 
 

@@ -126,11 +126,13 @@ class Stream:
         shared: int = 0,
         threads: int | None = None,
         together: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Queues (or captures) kernel(*arguments) on `grid` blocks: a number, or up to three.
 
         shared: bytes of dynamic shared memory. threads: of a block, where fewer than the kernel's will do. together:
-        blocks wait for each other, so all have to run at once: an error if they can't (a cooperative launch).
+        blocks wait for each other, so all have to run at once: an error if they can't (a cooperative launch). cluster:
+        so many neighbouring blocks run beside each other and reach each other's shared memory (sm_90).
         """
         self.flush()
         self.enter()
@@ -152,6 +154,12 @@ class Stream:
             dependent.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             dependent.value.programmaticStreamSerializationAllowed = 1
             config.attrs, config.numAttrs = [dependent], 1
+            if cluster > 1:
+                neighbours = driver.CUlaunchAttribute()
+                neighbours.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+                size = neighbours.value.clusterDim
+                size.x, size.y, size.z = cluster, 1, 1
+                config.attrs, config.numAttrs = [dependent, neighbours], 2
         slots = _slots(kernel, arguments)
         pointers = (ctypes.c_void_p * len(slots))(*(ctypes.addressof(slots) + 8 * i for i in range(len(slots))))
         check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0))

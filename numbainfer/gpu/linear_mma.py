@@ -9,8 +9,10 @@ the registers where the tensor cores want them, 16 columns of a row to a thread,
 shared memory, brought by a warp that does nothing else. On sm_90 the products are `wgmma` (64 rows, a warpgroup,
 running while the next weights are widened), elsewhere `mma.sync`; the numbers lie in the same registers either way.
 
-A block has two warpgroups of `subtiles` * 64 rows each, and takes tiles of the result in turn. With two subtiles the
-products of one run while weights are widened for the other. Where there are fewer
+A block has two warpgroups, of 64 rows each, and takes tiles of the result in turn. For prompts on sm_90 two blocks form
+a cluster: neighbouring tiles of rows by the same 256 tokens, of which each block brings half to both. What limits these
+products is how much comes from the second-level cache, and how long widening takes: so that tiles are as wide
+as registers allow, and one product runs while the weights of the next are widened. Where there are fewer
 tiles than multiprocessors, the columns are split among `splits` blocks; the last to finish adds up what all left in
 memory, in order, so that results do not change from run to run.
 """
@@ -29,17 +31,23 @@ from numbainfer.gpu.fragments import gated as gated_rows
 from numbainfer.gpu.half_rows import BLOCK, HalfRows
 from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.memory import DeviceArray
-from numbainfer.gpu.mma_plan import STAGES, Plan, blocks_together, choose
+from numbainfer.gpu.mma_plan import Plan, blocks_together, choose
+from numbainfer.gpu.mma_plan import stages as stages_of
 from numbainfer.gpu.mma_weights import weight_loader
 from numbainfer.gpu.pipeline import (
     barrier_arrive,
+    barrier_arrive_at,
     barrier_init,
     barrier_wait,
+    fence_for_cluster,
     fence_for_copies,
     fetch,
     fetch_arrivals,
+    fetch_half,
     fewer_registers,
     more_registers,
+    rank_in_cluster,
+    synchronize_cluster,
     synchronize_threads,
 )
 from numbainfer.gpu.products import finished, multiply, wait_for_products
@@ -65,32 +73,34 @@ def _last(value, limit):
 
 
 @family(
-    ("int8", 128, 2, False),
-    ("int8", 128, 2, True),
-    ("int8", 128, 1, False),
-    ("int8", 64, 1, True),
-    ("int8", 32, 1, False),
-    ("int8", 32, 1, True),
-    ("int8", 16, 1, True),
-    ("float16", 128, 1, False),
-    ("uint16", 32, 1, False),
+    ("int8", 256, True, False),
+    ("int8", 256, True, True),
+    ("int8", 128, True, False),
+    ("int8", 128, True, True),
+    ("int8", 128, False, False),
+    ("int8", 64, False, True),
+    ("int8", 32, False, False),
+    ("int8", 32, False, True),
+    ("int8", 16, False, True),
+    ("float16", 128, False, False),
+    ("uint16", 32, False, False),
 )
-def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
-    """kind: of weights. width: tokens of a tile. gated: W's rows are gate and up, and the result silu(gate) * up as
-    HalfRows."""
-    deep = subtiles == 1 and width < 128  # weights of two blocks of 64 columns on their way: there are registers for it
-    roomy = subtiles == 2  # more registers than an even share, which sm_90 knows how to deal
+def _linear(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
+    """kind: of weights. width: tokens of a tile. paired: blocks come in clusters of two. gated: W's rows are gate and
+    up, and the result silu(gate) * up as HalfRows."""
+    deep = not paired and width < 128  # weights of two blocks of 64 columns on their way: there are registers for it
+    roomy = width == 256  # more registers than an even share, which sm_90 knows how to deal
     give_registers, take_registers = fewer_registers(24), more_registers(240)  # of 168 for each of 384 threads
-    stages = STAGES
+    stages = stages_of(width)
     zero, product, done = zeros(width), multiply(width), finished(width)
     spill_tile, add_tile = spill(width), add_spilled(width)
-    store_tile, store_halves = make_store(width), make_store_halves(width, subtiles)
+    store_tile, store_halves = make_store(width), make_store_halves(width)
     affine, gate = scale_and_shift(width), gated_rows(width)
-    # Rows of W, 16 to a warp and subtile; or of the result, 8: row g of a fragment is the gate, row g + 8 is up.
+    # Rows of W, 16 to a warp; or of the result, 8: row g of a fragment is the gate, row g + 8 is up.
     warp_rows = 8 if gated else 16
-    group_rows = 4 * warp_rows * subtiles
+    group_rows = 4 * warp_rows
     block_rows = 2 * group_rows
-    partial_bytes = subtiles * CONSUMERS * width * 2
+    partial_bytes = CONSUMERS * width * 2
     stage_bytes, tile_bytes = width * 2 * BLOCK, store_bytes(width)
 
     @device_function
@@ -100,6 +110,25 @@ def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
         token = uint32(item) - above * uint32(token_tiles)
         row_tile = above // uint32(splits)
         return int32(token * uint32(width)), int32(above - row_tile * uint32(splits)), int32(row_tile)
+
+    @device_function
+    def this_group():
+        """The number of the block, or of its cluster."""
+        return int32(cuda.blockIdx.x >> 1) if paired else int32(cuda.blockIdx.x)
+
+    @device_function
+    def groups_of_blocks():
+        """How many there are."""
+        return int32(cuda.gridDim.x >> 1) if paired else int32(cuda.gridDim.x)
+
+    @device_function
+    def release(empty, lane):
+        """A warp is done with a stage."""
+        if paired:
+            if lane < 2:
+                barrier_arrive_at(empty, lane)
+        elif lane == 0:
+            barrier_arrive(empty)
 
     @device_function
     def part(blocks, split, splits):
@@ -126,23 +155,26 @@ def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
         """acc + the products of a stage, which is then left to the copying warp; its barriers begin at `full`."""
         barrier_wait(full + 8 * stage, phase)
         acc = done(product(acc, wide, int32(stages_at + stage * stage_bytes), lane))
-        if lane == 0:
-            barrier_arrive(full + 8 * (stages + stage))
+        release(int32(full + 8 * (stages + stage)), lane)
         return acc
 
     @device_function
     def copy_tiles(x, x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, lane):
         """The copying warp: brings the tokens' tiles, stage after stage."""
         stage, phase = int32(0), int32(1)
-        item = int32(cuda.blockIdx.x)
+        item = this_group()
         while item < items:
             token, split, _ = locate(item, token_tiles, splits)
-            item = int32(item + cuda.gridDim.x)
+            item = int32(item + groups_of_blocks())
             first, end = part(blocks, split, splits), part(blocks, int32(split + 1), splits)
             source = x + int64(first * x_rows + token) * (2 * BLOCK)
             for _ in range(first, end):
                 barrier_wait(empty + 8 * stage, phase)
-                fetch(stages_at + stage * stage_bytes, source, stage_bytes, full + 8 * stage, lane)
+                if paired:
+                    at = int32(stages_at + stage * stage_bytes)
+                    fetch_half(at, source, stage_bytes, int32(full + 8 * stage), rank_in_cluster(), lane)
+                else:
+                    fetch(stages_at + stage * stage_bytes, source, stage_bytes, full + 8 * stage, lane)
                 source += int64(x_rows) * (2 * BLOCK)
                 stage = int32(stage + 1)
                 if stage == stages:
@@ -151,10 +183,10 @@ def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
     @kernel(
         "i8p u16p i32 u16p i32 f32 f32p f32p f32p u16p i32 f32 i32 i32 i32 i32 i32 f32p i32p",
         threads=CONSUMERS + (128 if roomy else 32),
-        blocks=blocks_together(width, subtiles),
+        blocks=blocks_together(width),
         hot=True,
         fast=True,
-        only=(9, 0) if roomy else None,
+        only=(9, 0) if paired else None,
     )
     def linear_mma(
         codes,
@@ -190,9 +222,14 @@ def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
         if thread == 0:
             for stage in range(stages):
                 barrier_init(full + 8 * stage, fetch_arrivals())
-                barrier_init(empty + 8 * stage, CONSUMERS // 32)
+                barrier_init(empty + 8 * stage, CONSUMERS // 16 if paired else CONSUMERS // 32)
+            if paired:
+                fence_for_cluster()
             fence_for_copies()
-        cuda.syncthreads()
+        if paired:
+            synchronize_cluster()
+        else:
+            cuda.syncthreads()
         let_next_kernel_start()
         if warp >= CONSUMERS // 32:
             if roomy:  # registers are dealt by warpgroup, so there are three idle warps beside the one that copies
@@ -210,110 +247,96 @@ def _linear(kind: str, width: int, subtiles: int, gated: bool) -> Kernel:
         groups = int32(D >> shift)
         last_column = int32(D - 16)  # beyond D: any weights will do, the activations are zeros there
         stage, phase, emptied = int32(0), int32(0), empty
-        item = int32(cuda.blockIdx.x)
+        item = this_group()
         while item < items:
             first_token, split, row_tile = locate(item, token_tiles, splits)
-            item = int32(item + cuda.gridDim.x)
+            item = int32(item + groups_of_blocks())
+            if paired:
+                row_tile = int32(2 * row_tile + rank_in_cluster())
             first, end = part(blocks, split, splits), part(blocks, int32(split + 1), splits)
             first_row = int32(row_tile * block_rows + group * group_rows)
             row = int32(first_row + warp_rows * (warp & 3) + g)
-            other, far = (
-                int32(N if gated else 8),
-                4 * warp_rows,
-            )  # to row g + 8 of the fragment, and to the next subtile
-            r0, r1 = int32(_last(row, rows)), int32(_last(row + other, rows))
-            r2, r3 = int32(_last(row + far, rows)), int32(_last(row + far + other, rows))
+            r0, r1 = int32(_last(row, rows)), int32(_last(row + (N if gated else 8), rows))
             w0, w1 = address(codes) + int64(r0) * D * weight_bytes, address(codes) + int64(r1) * D * weight_bytes
-            w2, w3 = address(codes) + int64(r2) * D * weight_bytes, address(codes) + int64(r3) * D * weight_bytes
             s0, s1 = address(scales) + int64(r0) * groups * 2, address(scales) + int64(r1) * groups * 2
-            s2, s3 = address(scales) + int64(r2) * groups * 2, address(scales) + int64(r3) * groups * 2
 
             # Weights are loaded again into the registers that were just widened: any copy from register to register
             # would wait for what is under way.
             ahead = load_rows(w0, s0, w1, s1, first, t, last_column, shift)
-            if deep:
+            if deep or paired:
                 behind = load_rows(w0, s0, w1, s1, int32(first + 1), t, last_column, shift)
-            if subtiles == 2:
-                behind = load_rows(w2, s2, w3, s3, first, t, last_column, shift)
             wait_for_previous_kernel()  # weights could be asked for before
-            acc0 = zero()
-            acc1 = zero()
+            acc = zero()
             block = first
-            while block < end:
-                if subtiles == 1:
+            if paired:
+                while block < end - 1:
+                    # One product runs while the weights of the next are widened.
                     wide = widen(ahead[0], ahead[1])
-                    ahead = load_rows(w0, s0, w1, s1, int32(block + (2 if deep else 1)), t, last_column, shift)
-                    acc0 = multiply_stage(acc0, wide, stages_at, full, stage, phase, lane)
-                    stage, phase = following(stage, phase)
-                    block = int32(block + 1)
-                    if deep:  # noqa: SIM102 - Numba drops what a constant alone rules out
-                        if block < end:
-                            wide = widen(behind[0], behind[1])
-                            behind = load_rows(w0, s0, w1, s1, int32(block + 2), t, last_column, shift)
-                            acc0 = multiply_stage(acc0, wide, stages_at, full, stage, phase, lane)
-                            stage, phase = following(stage, phase)
-                            block = int32(block + 1)
-                else:
-                    at = int32(stages_at + stage * stage_bytes)
-                    wide = widen(ahead[0], ahead[1])
-                    ahead = load_rows(w0, s0, w1, s1, int32(block + 1), t, last_column, shift)
+                    ahead = load_rows(w0, s0, w1, s1, int32(block + 2), t, last_column, shift)
                     barrier_wait(full + 8 * stage, phase)
-                    acc0 = product(acc0, wide, at, lane)
+                    acc = product(acc, wide, int32(stages_at + stage * stage_bytes), lane)
                     wait_for_products()
-                    if block > first and lane == 0:  # now all products of the stage before are done
-                        barrier_arrive(emptied)
-                    wide = widen(behind[0], behind[1])
-                    behind = load_rows(w2, s2, w3, s3, int32(block + 1), t, last_column, shift)
-                    acc1 = product(acc1, wide, at, lane)
-                    wait_for_products()
+                    if block > first:  # now the product of the stage before is done
+                        release(emptied, lane)
                     emptied = int32(empty + 8 * stage)
                     stage, phase = following(stage, phase)
-                    block = int32(block + 1)
-            if subtiles == 2:
-                acc0 = done(acc0)
-                acc1 = done(acc1)
-                if lane == 0:
-                    barrier_arrive(emptied)
+                    wide = widen(behind[0], behind[1])
+                    behind = load_rows(w0, s0, w1, s1, int32(block + 3), t, last_column, shift)
+                    barrier_wait(full + 8 * stage, phase)
+                    acc = product(acc, wide, int32(stages_at + stage * stage_bytes), lane)
+                    wait_for_products()
+                    release(emptied, lane)
+                    emptied = int32(empty + 8 * stage)
+                    stage, phase = following(stage, phase)
+                    block = int32(block + 2)
+                acc = done(acc)
+                if block > first:
+                    release(emptied, lane)
+            while block < end:
+                wide = widen(ahead[0], ahead[1])
+                ahead = load_rows(w0, s0, w1, s1, int32(block + (2 if deep else 1)), t, last_column, shift)
+                acc = multiply_stage(acc, wide, stages_at, full, stage, phase, lane)
+                stage, phase = following(stage, phase)
+                block = int32(block + 1)
+                if deep:  # noqa: SIM102 - Numba drops what a constant alone rules out
+                    if block < end:
+                        wide = widen(behind[0], behind[1])
+                        behind = load_rows(w0, s0, w1, s1, int32(block + 2), t, last_column, shift)
+                        acc = multiply_stage(acc, wide, stages_at, full, stage, phase, lane)
+                        stage, phase = following(stage, phase)
+                        block = int32(block + 1)
 
             complete = True
             if splits > 1:
                 result = int32(row_tile * token_tiles + uint32(first_token) // uint32(width))
                 place = address(partial) + int64(result * splits) * partial_bytes + thread * 16
                 mine = place + int64(split) * partial_bytes
-                spill_tile(acc0, mine, CONSUMERS * 16)
-                if subtiles == 2:
-                    spill_tile(acc1, mine + partial_bytes // 2, CONSUMERS * 16)
+                spill_tile(acc, mine, CONSUMERS * 16)
                 synchronize_threads(3, CONSUMERS)
                 if thread == 0:
                     shared_store_i32(arrived, fetch_add(address(counters) + 4 * result, 1))
                 synchronize_threads(3, CONSUMERS)
                 complete = shared_i32(arrived) == splits - 1
                 if complete:
-                    acc0 = zero()
-                    acc1 = zero()
+                    acc = zero()
                     for _ in range(splits):
-                        acc0 = add_tile(acc0, place, CONSUMERS * 16)
-                        if subtiles == 2:
-                            acc1 = add_tile(acc1, place + partial_bytes // 2, CONSUMERS * 16)
+                        acc = add_tile(acc, place, CONSUMERS * 16)
                         place += partial_bytes
                     counters[result] = 0
 
             if complete:
-                e0 = e1 = e2 = e3 = float32(0)
+                e0 = e1 = float32(0)
                 if address(bias) != 0:
-                    e0, e1, e2, e3 = bias[r0], bias[r1], bias[r2], bias[r3]
-                acc0 = affine(acc0, factor, e0, e1)
-                acc1 = affine(acc1, factor, e2, e3)
+                    e0, e1 = bias[r0], bias[r1]
+                acc = affine(acc, factor, e0, e1)
                 if gated:
-                    hidden = gate(acc0, out_inverse if row < N else float32(0))
-                    more = gate(acc1, out_inverse if row + far < N else float32(0))
-                    block = int32(first_row >> 6 if first_row < N or subtiles == 1 else -1)
-                    place = tile if subtiles == 2 else tiles_at
-                    store_halves(hidden, more, place, warp, lane, out_halves, out_rows, block, first_token)
+                    hidden = gate(acc, out_inverse if row < N else float32(0))
+                    block = int32(row_tile if row_tile * block_rows < N else -1)  # of 64 columns: the tile's rows
+                    store_halves(hidden, tiles_at, warp, lane, out_halves, out_rows, block, first_token)
                 else:
-                    store_tile(acc0, tile, warp, lane, residual, out, first_row, N, first_token, T)
-                    if subtiles == 2:
-                        store_tile(acc1, tile, warp, lane, residual, out, first_row + 64, N, first_token, T)
+                    store_tile(acc, tile, warp, lane, residual, out, first_row, N, first_token, T)
+        if paired:  # the other block may still arrive at this one's barriers
+            synchronize_cluster()
 
     return linear_mma
 
@@ -340,19 +363,22 @@ def linear_mma(
         kind, codes, scales, shift = "int8", weight.codes, weight.scales, weight.group.bit_length() - 1
     else:
         kind, codes, scales, shift = str(weight.data.dtype), weight.data, None, 0
-    wide = stream.gpu.capability == (9, 0) and kind == "int8"
-    plan = plan or choose(rows, columns, tokens, gated, multiprocessors, wide)
+    paired = stream.gpu.capability == (9, 0) and kind == "int8"
+    plan = plan or choose(rows, columns, tokens, gated, multiprocessors, paired)
     partial = counters = None
     if plan.splits > 1:
-        partial = stream.scratch("partial", plan.tiles * plan.splits * plan.subtiles * CONSUMERS * plan.width // 2)
+        partial = stream.scratch("partial", plan.tiles * plan.splits * CONSUMERS * plan.width // 2)
         counters = stream.counters(plan.tiles)
-    slots = blocks_together(plan.width, plan.subtiles) * multiprocessors
+    cluster = 2 if plan.paired else 1
+    items = plan.tiles // cluster * plan.splits
+    clusters = blocks_together(plan.width) * multiprocessors // cluster
     stream.launch(
-        _linear(kind, plan.width, plan.subtiles, gated),
-        *(min(slots, plan.tiles * plan.splits), codes, scales, shift),
+        _linear(kind, plan.width, plan.paired, gated),
+        *(cluster * min(clusters, items), codes, scales, shift),
         *(x.data, x.rows, x.factor, bias, residual, *target),
-        *(rows, columns, tokens, plan.splits, plan.tiles * plan.splits, partial, counters),
+        *(rows, columns, tokens, plan.splits, items, partial, counters),
         shared=plan.shared,
+        cluster=cluster,
     )
 
 

@@ -8,8 +8,10 @@ from functools import cache
 from numbainfer.gpu.half_rows import BLOCK
 from numbainfer.gpu.tile_store import store_bytes
 
-STAGES = 8
-"""Tiles of tokens in shared memory or on their way."""
+
+def stages(width: int) -> int:
+    """Tiles of so many tokens in shared memory or on their way."""
+    return 5 if width == 256 else 8
 
 
 @dataclass(frozen=True)
@@ -17,47 +19,53 @@ class Plan:
     """The kernel's constants, and how the work is cut."""
 
     width: int
-    subtiles: int
+    paired: bool
     splits: int
-    tiles: int  # of the result
+    tiles: int  # of the result; paired, an even number of rows of tiles
 
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
-        return 1024 + STAGES * (self.width * 2 * BLOCK + 16) + 2 * store_bytes(self.width) + 16
+        return 1024 + stages(self.width) * (self.width * 2 * BLOCK + 16) + 2 * store_bytes(self.width) + 16
 
 
-def blocks_together(width: int, subtiles: int) -> int:
+def blocks_together(width: int) -> int:
     """How many blocks of a kernel a multiprocessor has room for: two hide each other's waits."""
-    return 2 if subtiles == 1 and width <= 32 else 1
+    return 2 if width <= 32 else 1
 
 
-# What a block costs beside its products, in the time of those of 64 columns: filling the pipeline and storing the tile;
-# where columns are split, leaving partial sums and adding them up, for each part; and what products of one subtile cost
-# more, as they wait for each other. Measured on an H100: tiles of 128 tokens, and of 32 (12 shapes, 1 to 16 parts).
-TILE_COST, SPLIT_COST, ALONE_COST = 5.0, 5.0, 1.9
-NARROW_TILE_COST, NARROW_SPLIT_COST = 11.3, 0.9
+@dataclass(frozen=True)
+class Costs:
+    """What a tile costs, in the time that products of 64 columns take in one of 128 tokens: those products; filling the
+    pipeline and storing the result; and for each part, where columns are split, leaving and adding up partial sums."""
+
+    products: float
+    tile: float
+    part: float
+
+
+COSTS = {128: Costs(1.0, 8.0, 4.0), 256: Costs(1.7, 12.0, 8.0)}
+NARROW = Costs(1.0, 11.3, 0.9)
+"""Of fewer tokens. Measured on an H100: 12 shapes of three models, 1 to 16 parts, 32 and 128 to 2,048 tokens."""
 
 
 @cache
-def choose(rows: int, columns: int, tokens: int, gated: bool, multiprocessors: int, wide: bool) -> Plan:
-    """The plan that should take least time. wide: two subtiles are possible (sm_90)."""
-    width = next((w for w in (16, 32, 64) if tokens <= w), 128)
+def choose(rows: int, columns: int, tokens: int, gated: bool, multiprocessors: int, paired: bool) -> Plan:
+    """The plan that should take least time. paired: clusters are possible (sm_90)."""
+    narrow = next((w for w in (16, 32, 64, 128) if tokens <= w), 128)
     blocks = -(-columns // BLOCK)
     best: tuple[float, Plan] | None = None
-    for subtiles in (1, 2) if wide and width == 128 else (1,):
-        tile_rows = 64 * subtiles if gated else 128 * subtiles
-        tiles = -(-rows // tile_rows) * -(-tokens // width)
-        slots = multiprocessors * blocks_together(width, subtiles)
+    paired = paired and narrow == 128
+    for width in (128, 256) if paired and tokens > 128 else (narrow,):
+        tiles = -(-rows // (64 if gated else 128))
+        tiles = -(-tiles // 2) * 2 if paired else tiles
+        tiles *= -(-tokens // width)
+        costs = COSTS.get(width, NARROW)
+        slots = multiprocessors * blocks_together(width)
         for splits in range(1, max(1, min(16, blocks // 2)) + 1):
             rounds, work = -(-tiles * splits // slots), -(-blocks // splits)
-            parts = splits if splits > 1 else 0
-            if width < 128:
-                cost = rounds * (work + NARROW_TILE_COST + NARROW_SPLIT_COST * parts)
-            else:
-                each = work * (1 if subtiles == 2 else ALONE_COST) + TILE_COST + SPLIT_COST * parts
-                cost = rounds * subtiles / 2 * each
+            cost = rounds * (costs.products * work + costs.tile + (costs.part * splits if splits > 1 else 0))
             if best is None or cost < best[0] * 0.97:
-                best = cost, Plan(width, subtiles, splits, tiles)
+                best = cost, Plan(width, paired, splits, tiles)
     assert best is not None
     return best[1]

@@ -12,6 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.cuda.extending import intrinsic
+from numpy import int32
 
 from numbainfer.gpu import ptx
 from numbainfer.gpu.compile import device_function
@@ -95,6 +96,45 @@ def more_registers(count: int) -> Any:
     return dealt
 
 
+# --- two blocks that share what they read: a cluster -----------------------------------------------------------------
+
+
+@instruction("mov.u32 $0, %cluster_ctarank;", i32, effects=False, minimum=(9, 0))
+def rank_in_cluster():
+    """Which block of its cluster this is."""
+
+
+@instruction("fence.mbarrier_init.release.cluster;", types.void, minimum=(9, 0))
+def fence_for_cluster():
+    """Barriers that this thread made are seen by the cluster's other blocks after `synchronize_cluster`."""
+
+
+@instruction(
+    "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", types.void, minimum=(9, 0)
+)
+def synchronize_cluster():
+    """Waits for all threads of the cluster's blocks that have not ended."""
+
+
+@instruction(
+    "{ .reg .b32 there; mapa.shared::cluster.u32 there, $0, $1; mbarrier.arrive.shared::cluster.b64 _, [there]; }",
+    *(types.void, i32, i32),
+    minimum=(9, 0),
+)
+def barrier_arrive_at(barrier, rank):
+    """One arrival at the same barrier of the cluster's block `rank`."""
+
+
+@instruction(
+    "{ .reg .b16 both; mov.b16 both, 3; cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    ".multicast::cluster [$0], [$1], $2, [$3], both; }",
+    *(types.void, i32, i64, i32, i32),
+    minimum=(9, 0),
+)
+def copy_bulk_to_both(to, source, size, barrier):
+    """copy_bulk to the same place in both blocks of a cluster of two, each counting the bytes at its own barrier."""
+
+
 @device_function
 def barrier_wait(barrier, parity):
     """Waits until the phase of that parity is complete. A new barrier counts as complete in phase 1."""
@@ -115,6 +155,15 @@ def fetch(to, source, size, barrier, lane):
         for offset in range(16 * lane, size, 16 * 32):
             copy_async_16(to + offset, source + offset)
         _arrive_after_copies(barrier)
+
+
+@device_function
+def fetch_half(to, source, size, barrier, rank, lane):
+    """`fetch` by the warps of both blocks of a cluster together: each brings half to both."""
+    if lane == 0:
+        half = size >> 1
+        expect_bytes(barrier, size)
+        copy_bulk_to_both(int32(to + rank * half), source + rank * half, half, barrier)
 
 
 @device_function

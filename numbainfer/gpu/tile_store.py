@@ -96,47 +96,34 @@ def make_store(width: int) -> Any:
     @device_function
     def store(acc, tile, warp, lane, residual, out, first_row, N, first_token, T):
         store_piece(acc[:32], tile, warp, lane, residual, out, first_row, N, first_token, T)
-        store_piece(acc[32:], tile, warp, lane, residual, out, first_row, N, int32(first_token + 64), T)
+        store_piece(acc[32:64], tile, warp, lane, residual, out, first_row, N, int32(first_token + 64), T)
+        if width == 256:
+            store_piece(acc[64:96], tile, warp, lane, residual, out, first_row, N, int32(first_token + 128), T)
+            store_piece(acc[96:], tile, warp, lane, residual, out, first_row, N, int32(first_token + 192), T)
 
     return store
 
 
 @cache
-def make_store_halves(width: int, subtiles: int) -> Any:
-    """store(first, second, tile, warp, lane, out, out_rows, block, first_token): gated rows to 64 columns, `block`, of
-    HalfRows of `out_rows` rows; a negative block is none. A warpgroup has 32 of them in a subtile: two subtiles make
-    the 64 (`first`, `second`), or those of both warpgroups (`first`), which then share `tile`."""
-    piece = min(width, 64)
-    put = halves_to_shared(piece)
-    members = 128 if subtiles == 2 else 256
+def make_store_halves(width: int) -> Any:
+    """store(row, tile, warp, lane, out, out_rows, block, first_token): gated rows, 32 of each warpgroup, to 64 columns,
+    `block`, of HalfRows of `out_rows` rows; a negative block is none. tile: shared memory of both warpgroups."""
+    put = halves_to_shared(width)
 
     @device_function
-    def store_piece(first, second, tile, warp, lane, out, out_rows, block, first_token):
+    def store(row, tile, warp, lane, out, out_rows, block, first_token):
         place, g, group = int32(warp & 3), int32(lane >> 2), int32(warp >> 2)
-        barrier = int32(1 + group if subtiles == 2 else 3)
-        # column 32 * half + 8 * place + g, as half_rows.py has it: 16j + 2c + e
-        at = int32(tile + 4 * (place >> 1) + 2 * (g & 1) + (0 if subtiles == 2 else 8 * group))
-        chunk, t = int32(4 * (place & 1) + (g >> 1)), int32(lane & 3)
-        put(first, at, chunk, t)
-        if subtiles == 2:
-            put(second, int32(at + 8), chunk, t)
-        synchronize_threads(barrier, members)
+        # column 32 * group + 8 * place + g, as half_rows.py has it: 16j + 2c + e
+        at = int32(tile + 8 * group + 4 * (place >> 1) + 2 * (g & 1))
+        put(row, at, int32(4 * (place & 1) + (g >> 1)), int32(lane & 3))
+        synchronize_threads(3, 256)
         if block >= 0:
             to = address(out) + (int64(block) * out_rows + first_token) * (2 * BLOCK)
-            offset = int32(16 * (32 * (place if subtiles == 2 else warp) + lane))
-            while offset < piece * 2 * BLOCK:
+            offset = int32(16 * (32 * warp + lane))
+            while offset < width * 2 * BLOCK:
                 words = shared_i32x4(tile + offset)
                 store_i32x4(to + offset, words[0], words[1], words[2], words[3])
-                offset = int32(offset + 16 * members)
-        synchronize_threads(barrier, members)
-
-    if width <= 64:
-        return store_piece
-
-    @device_function
-    def store(first, second, tile, warp, lane, out, out_rows, block, first_token):
-        store_piece(first[:16], second[:16], tile, warp, lane, out, out_rows, block, first_token)
-        later = int32(first_token + 64)
-        store_piece(first[16:], second[16:], tile, warp, lane, out, out_rows, block, later)
+                offset = int32(offset + 16 * 256)
+        synchronize_threads(3, 256)
 
     return store
