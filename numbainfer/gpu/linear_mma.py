@@ -82,15 +82,17 @@ def _last(value, limit):
     ("int8", 32, False, False),
     ("int8", 32, False, True),
     ("int8", 16, False, True),
+    ("float16", 256, True, False),
     ("float16", 128, False, False),
+    ("uint16", 128, True, False),
     ("uint16", 32, False, False),
 )
 def _linear(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
     """kind: of weights. width: tokens of a tile. paired: blocks come in clusters of two. gated: W's rows are gate and
     up, and the result silu(gate) * up as HalfRows."""
     deep = not paired and width < 128  # weights of two blocks of 64 columns on their way: there are registers for it
-    roomy = width == 256  # more registers than an even share, which sm_90 knows how to deal
-    give_registers, take_registers = fewer_registers(24), more_registers(240)  # of 168 for each of 384 threads
+    # Paired, consumers have more registers than an even share, which is 168 of 384 threads.
+    give_registers, take_registers = fewer_registers(24), more_registers(240)
     stages = stages_of(width)
     zero, product, done = zeros(width), multiply(width), finished(width)
     spill_tile, add_tile = spill(width), add_spilled(width)
@@ -182,7 +184,7 @@ def _linear(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
 
     @kernel(
         "i8p u16p i32 u16p i32 f32 f32p f32p f32p u16p i32 f32 i32 i32 i32 i32 i32 f32p i32p",
-        threads=CONSUMERS + (128 if roomy else 32),
+        threads=CONSUMERS + (128 if paired else 32),
         blocks=blocks_together(width),
         hot=True,
         fast=True,
@@ -232,14 +234,14 @@ def _linear(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
             cuda.syncthreads()
         let_next_kernel_start()
         if warp >= CONSUMERS // 32:
-            if roomy:  # registers are dealt by warpgroup, so there are three idle warps beside the one that copies
+            if paired:  # registers are dealt by warpgroup, so there are three idle warps beside the one that copies
                 give_registers()
             wait_for_previous_kernel()
             if warp == CONSUMERS // 32:
                 copy_tiles(address(x), x_rows, stages_at, full, empty, items, token_tiles, splits, blocks, lane)
             return
 
-        if roomy:
+        if paired:
             take_registers()
         group, g, t = int32(warp >> 2), int32(lane >> 2), int32(lane & 3)
         tile = int32(tiles_at + group * tile_bytes)
@@ -363,8 +365,7 @@ def linear_mma(
         kind, codes, scales, shift = "int8", weight.codes, weight.scales, weight.group.bit_length() - 1
     else:
         kind, codes, scales, shift = str(weight.data.dtype), weight.data, None, 0
-    paired = stream.gpu.capability == (9, 0) and kind == "int8"
-    plan = plan or choose(rows, columns, tokens, gated, multiprocessors, paired)
+    plan = plan or choose(rows, columns, tokens, gated, multiprocessors, stream.gpu.capability == (9, 0))
     partial = counters = None
     if plan.splits > 1:
         partial = stream.scratch("partial", plan.tiles * plan.splits * CONSUMERS * plan.width // 2)
