@@ -41,10 +41,17 @@ from numbainfer.gpu.ptx import (
     still,
 )
 from numbainfer.gpu.reduce import warp_max, warp_sum
-from numbainfer.gpu.rope import PAGE, as_stored
+from numbainfer.gpu.rope import PAGE, PAGE_BITS, as_stored
 
 KEYS = 16  # that a warp takes at a time
 NOTHING = -1e30  # the largest score of a piece that saw no key
+MOST_PARTS = 32  # of the keys: a lane each when they are merged
+
+
+def heads_together(heads: int, kv_heads: int) -> int:
+    """Query heads of one key/value head that a block serves: up to 8, as many in each block."""
+    of_key = heads // kv_heads
+    return next(n for n in range(min(8, of_key), 0, -1) if of_key % n == 0)
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,7 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
         head's."""
         start = address(k_pages) + int64(page) * (2 * PAGE * head_dim)
         for n in range(2):
-            key = min(int32(base + 8 * n + (lane >> 2)), int32(end - 1)) & 63
+            key = min(int32(base + 8 * n + (lane >> 2)), int32(end - 1)) & (PAGE - 1)
             at = start + int32(2 * head_dim * key + 16 * (lane & 3))
             for i in range(loads):
                 j = 4 * (2 * i + n)
@@ -148,7 +155,7 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
         """Values of the keys base + 2t, 2t + 1, 2t + 8, 2t + 9: of each 64 dimensions the lane's 8."""
         start = address(v_pages) + int64(page) * (2 * PAGE * head_dim)
         for r in range(4):
-            key = min(int32(base + 2 * (lane & 3) + (r & 1) + 8 * (r >> 1)), int32(end - 1)) & 63
+            key = min(int32(base + 2 * (lane & 3) + (r & 1) + 8 * (r >> 1)), int32(end - 1)) & (PAGE - 1)
             at = start + int32(2 * head_dim * key + 16 * (lane >> 2))
             for i in range(halves):
                 j = 4 * (4 * i + r)
@@ -165,7 +172,7 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
     def fetch(k, v, k_pages, v_pages, table, kv_heads, g, base, end, lane):
         """The lane's part of the 16 keys from `base`, a multiple of 16, and if there is room of their values; k, v:
         int32 [d / 4]. A key past the last, end - 1, repeats it: what stands behind it in the page may be NaN."""
-        fetch_from(k, v, k_pages, v_pages, int32(table[int32(base) >> 6] * kv_heads + g), base, end, lane)
+        fetch_from(k, v, k_pages, v_pages, int32(table[int32(base) >> PAGE_BITS] * kv_heads + g), base, end, lane)
 
     @device_function
     def prepare(memory, factor, thread, threads):
@@ -203,7 +210,7 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
             following = int32(base + 16 * warps)
             page = int32(0)
             if following < end:
-                page = int32(table[following >> 6] * kv_heads + g)
+                page = int32(table[following >> PAGE_BITS] * kv_heads + g)
             for i in range(8):
                 scores[i] = float32(0)
             for i in range(2 * loads):
@@ -214,7 +221,7 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
                         *(a0, a1, a2, a3, k[j], k[j + 1]), scores[m], scores[m + 1], scores[m + 2], scores[m + 3]
                     )
             if not roomy:
-                fetch_values(v, v_pages, int32(table[base >> 6] * kv_heads + g), base, end, lane)
+                fetch_values(v, v_pages, int32(table[base >> PAGE_BITS] * kv_heads + g), base, end, lane)
             elif following < end:
                 fetch_keys(k, k_pages, page, following, end, lane)
             # Head g, keys 2t, 2t + 1, 2t + 8, 2t + 9: high and low parts together, and what is not seen.

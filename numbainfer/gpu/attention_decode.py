@@ -16,12 +16,13 @@ import numpy as np
 from numba import cuda
 from numpy import float32, int32, int64
 
-from numbainfer.gpu.attention_core import KEYS, Layout, make_core
+from numbainfer.gpu.attention_core import KEYS, MOST_PARTS, Layout, heads_together, make_core
 from numbainfer.gpu.compile import device_function, family, kernel
 from numbainfer.gpu.half_rows import HalfRows, half_index
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import (
+    LOG2_E,
     address,
     advance,
     divide,
@@ -37,11 +38,10 @@ from numbainfer.gpu.ptx import (
     wait_for_previous_kernel,
 )
 from numbainfer.gpu.reduce import warp_max, warp_sum
-from numbainfer.gpu.rope import PAGE, HeldRope, put_f16
+from numbainfer.gpu.rope import PAGE, PAGE_BITS, HeldRope, put_f16
 
 WARPS = 8
 THREADS = 32 * WARPS
-_LOG2_E = math.log2(math.e)
 FORMS = ((True, False), (False, False), (False, True))  # fused, halves
 
 
@@ -131,7 +131,7 @@ def _decode(head_dim: int, shared: int, fused: bool, halves: bool):
 
         row = advance(qkv, token * (heads + 2 * kv_heads) * head_dim)
         own = fused and part == active - 1  # the block that sees the step's own key
-        factor = scale * float32(_LOG2_E)
+        factor = scale * LOG2_E
         if fused:
             wait_for_previous_kernel()
             let_next_kernel_start()
@@ -161,7 +161,8 @@ def _decode(head_dim: int, shared: int, fused: bool, halves: bool):
             if warp < shared:
                 own_key(memory, factor, warp, lane, True)
             if thread < head_dim:
-                slot = ((int64(table[position >> 6]) * kv_heads + g) * PAGE + (position & 63)) * head_dim + thread
+                page, in_page = int64(table[position >> PAGE_BITS]), position & (PAGE - 1)
+                slot = ((page * kv_heads + g) * PAGE + in_page) * head_dim + thread
                 put_f16(k_pages, slot, shared_f32(memory + at_key + 4 * thread))
                 put_f16(v_pages, slot, shared_f32(memory + at_value + 4 * thread))
         cuda.syncthreads()
@@ -223,7 +224,6 @@ def _decode(head_dim: int, shared: int, fused: bool, halves: bool):
 
 
 MOST_TOKENS = 64  # of a step; more are taken for a prompt, whose tokens share their keys
-MOST_PARTS = 32
 
 
 def fits(tokens: int, head_dim: int, dtype: np.dtype) -> bool:
@@ -247,8 +247,7 @@ def decode(
 ) -> None:
     """Attention as registry.attention has it; with `rope`, what it does too."""
     kv_heads, head_dim, tokens = k_pages.shape[1], k_pages.shape[3], qkv.shape[0]
-    of_key = heads // kv_heads
-    shared = next(n for n in range(min(8, of_key), 0, -1) if of_key % n == 0)
+    shared = heads_together(heads, kv_heads)
     units = heads // shared
     blocks = stream.gpu.multiprocessors // (units * tokens)  # for each token's heads, so that all have some
     parts_shift = min(MOST_PARTS.bit_length(), max(1, blocks).bit_length()) - 1
@@ -260,7 +259,7 @@ def decode(
     target = (out.data, out.rows) if isinstance(out, HalfRows) else (out, 0)
     stream.launch(
         _decode(head_dim, shared, rope is not None, isinstance(out, HalfRows)),
-        *((parts, tokens, units), qkv, heads, kv_heads, of_key // shared, scale, window, *norms),
+        *((parts, tokens, units), qkv, heads, kv_heads, heads // kv_heads // shared, scale, window, *norms),
         *(positions, sequences, *angles, k_pages, v_pages, page_table, page_table.shape[1]),
         *(parts_shift, values, statistics, stream.counters(tokens * units), *target),
         shared=Layout(head_dim, shared, WARPS).nbytes,

@@ -35,6 +35,7 @@ from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.pipeline import fence_for_copies
 from numbainfer.gpu.products import finished, multiply
 from numbainfer.gpu.ptx import (
+    LOG2_E,
     address,
     copy_async_16_or_zeros,
     copy_async_commit,
@@ -49,8 +50,8 @@ from numbainfer.gpu.ptx import (
     shared_store_i32x4,
     wait_for_previous_kernel,
 )
+from numbainfer.gpu.rope import PAGE, PAGE_BITS
 
-PAGE = 64
 ROWS = 128  # queries of a block
 THREADS = 256
 STAGES = 2  # pages in shared memory
@@ -179,7 +180,7 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
         wait_for_previous_kernel()
         at = address(qkv) + (int64(token) * (heads + 2 * kv_heads) + head) * (4 * head_dim)
         at8 = address(qkv) + (int64(token8) * (heads + 2 * kv_heads) + head8) * (4 * head_dim)
-        factor = scale * float32(1.4426950408889634)  # powers of 2 from here on
+        factor = scale * LOG2_E  # powers of 2 from here on
         mine_at = int32(queries_at + thread * 16)
         for block in range(blocks):
             words = queries(at, at8, t2 + 64 * block, factor)
@@ -218,8 +219,8 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
             alone = run == start and next_run == end
             low = int32(position - window + 1 if window > 0 else 0)
             low8 = int32(position8 - window + 1 if window > 0 else 0)
-            first_page = int32(max(0, least - window + 1) >> 6 if window > 0 else 0)
-            last_page = int32(most >> 6)
+            first_page = int32(max(0, least - window + 1) >> PAGE_BITS if window > 0 else 0)
+            last_page = int32(most >> PAGE_BITS)
             table = int64(here) * pages_per_sequence
             ask(k_pages, v_pages, page_table[table + first_page], kv_heads, g, stages_at, most + 1 - first_page * PAGE)
             copy_async_commit()

@@ -19,6 +19,8 @@ from llvmlite import ir
 from numba import types
 from numba.cuda.extending import intrinsic
 
+from numbainfer.gpu.ptx import LOG2_E
+
 i32, i64, f32 = types.int32, types.int64, types.float32
 INT, LONG, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -118,7 +120,7 @@ def gated(width: int) -> Any:
         out = []
         for i in (i for i in range(len(acc)) if i % 4 < 2):
             gate, up = acc[i], acc[i + 2]
-            power = _exp2(builder, builder.fmul(gate, ir.Constant(FLOAT, -1.4426950216293335)))
+            power = _exp2(builder, builder.fmul(gate, ir.Constant(FLOAT, -float(LOG2_E))))
             one_more = builder.fadd(power, ir.Constant(FLOAT, 1.0))
             inverse = asm(builder, FLOAT, "rcp.approx.ftz.f32 $0, $1;", "=f,f", [one_more], effects=False)
             out.append(builder.fmul(builder.fmul(builder.fmul(gate, inverse), up), factor))

@@ -15,6 +15,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.cuda.extending import intrinsic
+from numpy import float32
 
 i32, i64, u16, f32 = types.int32, types.int64, types.uint16, types.float32
 
@@ -355,6 +356,10 @@ def as_float(bits):
 @instruction("mov.b32 $0, $1;", i32, f32, effects=False)
 def as_int(value):
     """The bits of a float32."""
+
+
+LOG2_E = float32(1.4426950408889634)
+"""e^x = 2^(x * LOG2_E)"""
 
 
 @instruction("ex2.approx.ftz.f32 $0, $1;", f32, f32, effects=False)

@@ -22,7 +22,8 @@ from numbainfer.gpu.ptx import (
 )
 from numbainfer.gpu.reduce import warp_sum
 
-PAGE = 64
+PAGE_BITS = 6
+PAGE = 1 << PAGE_BITS  # positions, as kv_cache.py has it
 THREADS = 128
 WARPS = 8
 

@@ -12,10 +12,11 @@ from typing import Any
 from numba import cuda
 from numpy import float32, int32, int64
 
-from numbainfer.gpu.attention_core import make_core
+from numbainfer.gpu.attention_core import KEYS, make_core
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.pipeline import synchronize_threads
 from numbainfer.gpu.ptx import (
+    LOG2_E,
     as_float,
     as_int,
     divide,
@@ -38,11 +39,17 @@ from numbainfer.gpu.ptx import (
     words_at,
 )
 from numbainfer.gpu.reduce import warp_max, warp_sum
-from numbainfer.gpu.rope import saturated
+from numbainfer.gpu.rope import PAGE, PAGE_BITS, saturated
+from numbainfer.gpu.token_input import tagged
 from numbainfer.gpu.token_plan import K_PAGES, PAGES, Q_NORM, ROTATED, V_PAGES, WINDOW, Plan
 
-CHUNK = 16  # keys of a warp at a time
 BATCH = 16  # parts that a thread merges at a time
+
+
+@device_function
+def marked(value, mark):
+    """A number and the turn that it belongs to, in 64 bits."""
+    return (mark << 32) | (int64(as_int(value)) & 0xFFFFFFFF)
 
 
 def make_attention(plan: Plan) -> Any:
@@ -63,7 +70,7 @@ def make_attention(plan: Plan) -> Any:
     at_tops, at_totals, at_summary = plan.area + layout.tops, plan.area + layout.totals, plan.area + layout.summary
     head_shift = head_dim.bit_length() - 1
     width, words, per_lane = shared * head_dim, head_dim // 4, head_dim // 32
-    at_once = warps * CHUNK  # keys of the block
+    at_once = warps * KEYS  # keys of the block
 
     @device_function
     def await_head(v, source, tag, lane):
@@ -128,7 +135,7 @@ def make_attention(plan: Plan) -> Any:
                     value += (factor if p + j < active else float32(0)) * as_float(int32(words[j]))
                 p = int32(p + BATCH)
             value /= shared_f32(memory + at_summary + 8 * h + 4)
-            post_i32(mixed + 4 * (h * head_dim + dimension(i & (head_dim - 1))), (as_int(value) & int32(-4)) | tag)
+            post_i32(mixed + 4 * (h * head_dim + dimension(i & (head_dim - 1))), tagged(value, tag))
             i += threads
 
     @device_function
@@ -141,7 +148,7 @@ def make_attention(plan: Plan) -> Any:
         first_head, g = int32(unit * shared), divide(unit, units_per_key)
         window = int32(shared_i64(layer + 8 * (WINDOW - K_PAGES)))
         lowest = max(int32(0), int32(position + 1 - window)) if window else int32(0)
-        begin = lowest >> 6 << 6
+        begin = lowest >> PAGE_BITS << PAGE_BITS
         chunks = int32((position - begin + at_once - 1) // at_once)
         per_part = max(
             int32(2), (chunks + (int32(1) << parts_shift) - 1) >> parts_shift
@@ -156,9 +163,9 @@ def make_attention(plan: Plan) -> Any:
         k_pages, v_pages = halves_at(k_address), halves_at(v_address)
         table = words_at(shared_i64(int32(memory + at_pages)))
         k, v = cuda.local.array(words, int32), cuda.local.array(words, int32)
-        base = int32(start + CHUNK * warp)
+        base = int32(start + KEYS * warp)
         if base < end:
-            number = base >> 6
+            number = base >> PAGE_BITS
             page = shared_i32(int32(memory + at_pages + 16 + 4 * number)) if number < PAGES else table[number]
             fetch_from(k, v, k_pages, v_pages, int32(page * kv_heads + g), base, end, lane)
         # Warps for the query heads, the key and the value; behind them some for the rows of zeros that tensor cores
@@ -171,7 +178,7 @@ def make_attention(plan: Plan) -> Any:
         for j in range(per_lane):
             v_own[j] = float32(0)
             weights[j] = load_constant_f32(norm + 4 * (lane + 32 * j)) if norm != 0 else float32(0)
-        factor = scale * float32(1.4426950408889634)
+        factor = scale * LOG2_E
         if warp < shared + 2:
             head = first_head + warp if warp < shared else heads + g if warp == shared else heads + kv_heads + g
             await_head(v_own, qkv + 4 * head_dim * int64(head), tag, lane)
@@ -191,7 +198,8 @@ def make_attention(plan: Plan) -> Any:
                 shared_store_u16(int32(to + 128 * j), high)
                 shared_store_u16(int32(to + 128 * j + 4), float_to_half(value - half_to_float(high)))
         elif warp < shared + 2 and own:
-            slot = ((int64(table[position >> 6]) * kv_heads + g) * 64 + (position & 63)) * head_dim + lane
+            own_page, in_page = int64(table[position >> PAGE_BITS]), position & (PAGE - 1)
+            slot = ((own_page * kv_heads + g) * PAGE + in_page) * head_dim + lane
             for j in range(per_lane):
                 bits = float_to_half(saturated(v_own[j]))
                 shared_store_f32(
@@ -204,7 +212,7 @@ def make_attention(plan: Plan) -> Any:
         synchronize_threads(1, threads)
         if base < end:
             attend(memory + area, k, v, k_pages, v_pages, table, kv_heads, g, base, end, lowest, warp, lane)
-        pieces = min(int32((max(end - start, 0) + CHUNK - 1) // CHUNK), int32(warps))  # warps that saw keys
+        pieces = min(int32((max(end - start, 0) + KEYS - 1) // KEYS), int32(warps))  # warps that saw keys
         if own:
             if warp < shared:
                 score = float32(0)
@@ -232,16 +240,14 @@ def make_attention(plan: Plan) -> Any:
             value = element(memory + area, pieces, h, at)
             if active == 1:
                 value *= reciprocal(shared_f32(memory + at_summary + 8 * h + 4))
-                post_i32(result + 4 * (h * head_dim + dimension(at)), (as_int(value) & int32(-4)) | tag)
+                post_i32(result + 4 * (h * head_dim + dimension(at)), tagged(value, tag))
             else:
-                post_i64(
-                    part_values + 8 * (int64(place) * width + i), (mark << 32) | (int64(as_int(value)) & 0xFFFFFFFF)
-                )
+                post_i64(part_values + 8 * (int64(place) * width + i), marked(value, mark))
             i += threads
         if active > 1:
             if thread < 2 * shared:
-                bits = int64(as_int(shared_f32(memory + at_summary + 4 * thread))) & 0xFFFFFFFF
-                post_i64(part_statistics + 8 * (place * 2 * shared + thread), (mark << 32) | bits)
+                total = shared_f32(memory + at_summary + 4 * thread)
+                post_i64(part_statistics + 8 * (place * 2 * shared + thread), marked(total, mark))
             synchronize_threads(1, threads)
             if part == 0:
                 merge(memory, part_values, part_statistics, place, active, mark, result, tag, thread, warp, lane)

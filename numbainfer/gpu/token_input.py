@@ -11,6 +11,7 @@ from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.pipeline import synchronize_threads
 from numbainfer.gpu.ptx import (
     as_float,
+    as_int,
     half_to_float,
     peek_i32,
     peek_i32x4,
@@ -22,6 +23,12 @@ from numbainfer.gpu.ptx import (
 )
 from numbainfer.gpu.quantize import TINY, TOP
 from numbainfer.gpu.token_plan import Plan
+
+
+@device_function
+def tagged(value, tag):
+    """The bits of a number that blocks exchange: its two lowest say which vector of its place it belongs to."""
+    return (as_int(value) & int32(-4)) | (tag & int32(3))
 
 
 class Input(NamedTuple):

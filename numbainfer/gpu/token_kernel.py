@@ -31,6 +31,7 @@ from numbainfer.gpu.pipeline import (
     synchronize_threads,
 )
 from numbainfer.gpu.ptx import (
+    LOG2_E,
     address,
     as_int,
     divide,
@@ -59,7 +60,7 @@ from numbainfer.gpu.ptx import (
 from numbainfer.gpu.reduce import warp_sum
 from numbainfer.gpu.select import SMALLEST, key_index, make_key
 from numbainfer.gpu.token_attention import make_attention
-from numbainfer.gpu.token_input import make_input
+from numbainfer.gpu.token_input import make_input, tagged
 from numbainfer.gpu.token_plan import (
     BIAS,
     COLUMNS,
@@ -78,7 +79,6 @@ from numbainfer.gpu.token_weights import make_copy, uniform
 
 QKV, ATTENTION, OUTPUT, GATE_UP, DOWN = range(5)  # the steps of a layer; the head is one more QKV
 LAST_INDEX = (1 << 29) - 1  # of a vocabulary
-LOG2_E = float32(1.4426950408889634)
 
 
 @device_function
@@ -372,7 +372,7 @@ def _token(*numbers: int) -> Kernel:
                     if is_head:
                         best = max(best, make_key(value, first + r))
                     else:
-                        word = (word & int32(-4)) | (tag & int32(3))
+                        word = tagged(value, tag)
                     post_i32(target + 4 * int64(first + r), word)
                 i = int32(i + threads)
             if is_head:

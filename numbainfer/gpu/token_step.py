@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from numbainfer.gpu.attention_core import MOST_PARTS, heads_together
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.token_kernel import _token
@@ -13,7 +14,6 @@ from numbainfer.gpu.token_plan import COLUMNS, NORM, WARPS, Plan, Shape, cut, ma
 from numbainfer.memory import MemoryPool
 from numbainfer.quantization import QuantizedMatrix
 
-MOST_PARTS = 32  # of the keys: a lane each when they are merged
 RESERVED = 1 << 10  # bytes of a block's shared memory that are not the plan's
 
 
@@ -115,8 +115,7 @@ def token_step(stream: Stream, pool: MemoryPool, model: Any) -> TokenStep | None
         return None
     if model.cache.k_pages[0].dtype != np.float16:
         return None
-    group, of_key = groups.pop(), config.heads // config.kv_heads
-    shared = next(n for n in range(min(8, of_key), 0, -1) if of_key % n == 0)
+    group, shared = groups.pop(), heads_together(config.heads, config.kv_heads)
     kinds = list(zip((*of_layers[0], model.head), (1, 1, 2, 1, 1), strict=True))
     # Every block has to have rows of every matrix: see token_kernel.py.
     blocks = min(gpu.multiprocessors, *(matrix.shape[0] // halves for matrix, halves in kinds))
