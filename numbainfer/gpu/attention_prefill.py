@@ -88,8 +88,40 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
     scored, done, done_last = finished(PAGE), finished(64), finished(last)
     keep, top, powers, sums = mask(PAGE), largest(PAGE), power(PAGE), total(PAGE)
     scale_64, scale_last = scale_rows(64), scale_rows(last)
-    put, put8, put_last, put_last8 = (store_row(w, i) for w in (64, last) for i in (0, 1))
-    put_h, put_h8, put_last_h, put_last_h8 = (store_row_halves(w, i) for w in (64, last) for i in (0, 1))
+    far = 64 * (blocks - 1)
+
+    def row_store(second: int) -> Any:
+        """store(o0, o1, o2, o_last, inside, out, out_halves, out_rows, line, token, column) of a thread's row g, or
+        g + 8: a head's columns from `column` of a line, if it is `inside`."""
+        put, put_last = store_row(64, second), store_row(last, second)
+        put_halves, put_last_halves = store_row_halves(64, second), store_row_halves(last, second)
+
+        @device_function
+        def store(o0, o1, o2, o_last, inside, out, out_halves, out_rows, line, token, column):
+            if not inside:
+                return
+            if halves:
+                data = address(out_halves)
+                if blocks > 1:
+                    put_halves(o0, data, out_rows, token, column)
+                if blocks > 2:
+                    put_halves(o1, data, out_rows, token, column + 64)
+                if blocks > 3:
+                    put_halves(o2, data, out_rows, token, column + 128)
+                put_last_halves(o_last, data, out_rows, token, column + far)
+            else:
+                to = address(out) + (int64(token) * line + column) * 4
+                if blocks > 1:
+                    put(o0, to)
+                if blocks > 2:
+                    put(o1, to + 256)
+                if blocks > 3:
+                    put(o2, to + 512)
+                put_last(o_last, to + 4 * far)
+
+        return store
+
+    store, store8 = row_store(0), row_store(1)
 
     @device_function
     def pair(at, column, scale):
@@ -289,50 +321,16 @@ def _attention(head_dim: int, halves: bool) -> Kernel:
         o_last = scale_last(o_last, inverse, inverse8)
         inside = 16 * warp + row_in_quad < rows
         inside8 = 16 * warp + row_in_quad + 8 < rows
-        column, column8 = int32(head * head_dim + t2), int32(head8 * head_dim + t2)
-        to = address(out) + (int64(token) * heads * head_dim + column) * 4
-        to8 = address(out) + (int64(token8) * heads * head_dim + column8) * 4
-        data, far = address(out_halves), int32(64 * (blocks - 1))
         if blocks > 1:
             o0 = scale_64(o0, inverse, inverse8)
         if blocks > 2:
             o1 = scale_64(o1, inverse, inverse8)
         if blocks > 3:
             o2 = scale_64(o2, inverse, inverse8)
-        if halves:
-            if inside:
-                if blocks > 1:
-                    put_h(o0, data, out_rows, token, column)
-                if blocks > 2:
-                    put_h(o1, data, out_rows, token, column + 64)
-                if blocks > 3:
-                    put_h(o2, data, out_rows, token, column + 128)
-                put_last_h(o_last, data, out_rows, token, column + far)
-            if inside8:
-                if blocks > 1:
-                    put_h8(o0, data, out_rows, token8, column8)
-                if blocks > 2:
-                    put_h8(o1, data, out_rows, token8, column8 + 64)
-                if blocks > 3:
-                    put_h8(o2, data, out_rows, token8, column8 + 128)
-                put_last_h8(o_last, data, out_rows, token8, column8 + far)
-        else:
-            if inside:
-                if blocks > 1:
-                    put(o0, to)
-                if blocks > 2:
-                    put(o1, to + 256)
-                if blocks > 3:
-                    put(o2, to + 512)
-                put_last(o_last, to + 4 * far)
-            if inside8:
-                if blocks > 1:
-                    put8(o0, to8)
-                if blocks > 2:
-                    put8(o1, to8 + 256)
-                if blocks > 3:
-                    put8(o2, to8 + 512)
-                put_last8(o_last, to8 + 4 * far)
+        line = heads * head_dim
+        column, column8 = int32(head * head_dim + t2), int32(head8 * head_dim + t2)
+        store(o0, o1, o2, o_last, inside, out, out_halves, out_rows, line, token, column)
+        store8(o0, o1, o2, o_last, inside8, out, out_halves, out_rows, line, token8, column8)
 
     return attention_prefill
 
