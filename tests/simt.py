@@ -5,6 +5,8 @@ shuffles and addresses: what a compile alone can't check. The source is rewritte
 to wait for other threads, its call becomes a `yield from`. So threads take turns, and that all of them wait is seen at
 once. Integers are Python's, cut where a kernel says int32 or int64, as Numba has them: sums of 32 bits are of 64.
 
+Fragments of matrices (fragments.py, products.py) are computed as they are emitted, for a warp at once: with `mma.sync`.
+
 Kernels run block after block, or `together` where blocks wait for each other. With an `order`, a number, warps proceed
 and bulk copies arrive at random speeds, the same ones for the same number: what lacks a barrier shows in some order.
 """
@@ -16,6 +18,7 @@ import builtins
 import ctypes
 import inspect
 import random
+import re
 import struct
 import textwrap
 import time
@@ -28,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
 
 from numbainfer.gpu import pipeline, ptx
 from numbainfer.gpu.compile import Kernel
@@ -53,6 +58,14 @@ def _uint16(value: Any) -> int:
 # In place of NumPy's types in a kernel, and what its arrays are then of.
 _NUMBERS: dict[Any, Callable] = {np.int32: _int32, np.int64: _int64, np.uint16: _uint16}
 _CODES: dict[Any, str] = {_int32: "i", _int64: "q", _uint16: "H"}
+
+
+class Array(np.ndarray):
+    """A NumPy array that knows its pointer, as device arrays do."""
+
+    @property
+    def pointer(self) -> int:
+        return self.ctypes.data
 
 
 class Pointer:
@@ -383,6 +396,17 @@ def _global(kind: Any, count: int = 1) -> Callable:
     return one if count == 1 else several
 
 
+def _store(kind: Any, count: int = 1) -> Callable:
+    """Writes some values at an address."""
+    size = count * ctypes.sizeof(kind)
+
+    def store(address: int, *values: Any) -> None:
+        (kind * count).from_address(_world.inside(address, size))[:] = values
+        _world.progress += 1
+
+    return store
+
+
 def _peek(kind: Any, count: int = 1) -> Callable:
     """The same by a thread that may have to ask often."""
     read = _global(kind, count)
@@ -462,6 +486,17 @@ def _multiply_16x8x16(*operands: Any) -> Steps:
     return tuple(out.astype(np.float32).reshape(4))
 
 
+def _of_halves(operation: Callable) -> Callable:
+    """An operation on two float16 in a word."""
+
+    def both(a: Any, b: Any) -> int:
+        words = np.array([a, b], np.int64).astype(np.int32)
+        first, second = words.view(np.float16).reshape(2, 2)
+        return operation(first, second).view(np.int32).item()
+
+    return both
+
+
 _i32, _i64, _f32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 _INSTRUCTIONS: dict[str, Callable] = {
@@ -471,6 +506,13 @@ _INSTRUCTIONS: dict[str, Callable] = {
     "words_at": Words,
     "shared_address": lambda array: 0,
     "load_i32": _global(_i32),
+    "load_f32": _global(_f32),
+    "load_weights": _global(_i32, 4),
+    "load_constant_u16": _global(ctypes.c_uint16),
+    "store_f32": _store(_f32),
+    "store_f32x4": _store(_f32, 4),
+    "store_i32": _store(_i32),
+    "store_i32x4": _store(_i32, 4),
     "load_f32x4": _global(_f32, 4),
     "load_i32x4": _global(_i32, 4),
     "load_constant_f32": _global(_f32),
@@ -498,6 +540,9 @@ _INSTRUCTIONS: dict[str, Callable] = {
     "dp4a": _dp4a,
     "multiply_16x8x16": _multiply_16x8x16,
     "permute": _permute,
+    "double_half": lambda bits: _int32(bits | bits << 16),
+    "multiply_halves": _of_halves(np.multiply),
+    "subtract_halves": _of_halves(np.subtract),
     "pack_halves": lambda a, b: _pack(*np.clip(np.array([a, b], np.float32), -65504, 65504)),
     "round_halves": _pack,
     "still": lambda i: i,
@@ -527,6 +572,123 @@ _INSTRUCTIONS: dict[str, Callable] = {
 }
 
 
+# --- fragments ---------------------------------------------------------------------------------------------------
+
+
+class _Numbers(np.ndarray):
+    """Of 32 lanes, in place of a value of the compiler's."""
+
+    type = ir.IntType(32)  # nobody looks at it
+
+
+def _value(operand: Any) -> Any:
+    """Of an operand of an emitted instruction: 32 lanes' numbers, or a constant."""
+    return operand.constant if isinstance(operand, ir.Constant) else operand
+
+
+def _of_values(operation: Callable) -> Callable:
+    return lambda self, *operands: operation(*map(_value, operands))
+
+
+class _Lanes:
+    """In place of the compiler's builder: computes what is emitted, for the 32 lanes of a warp."""
+
+    fmul, fadd, fsub = (_of_values(operation) for operation in (np.multiply, np.add, np.subtract))
+    mul, add, sub, and_, or_, xor, shl, lshr = (
+        _of_values(operation)
+        for operation in (
+            *(np.multiply, np.add, np.subtract, np.bitwise_and, np.bitwise_or, np.bitwise_xor),
+            *(np.left_shift, np.right_shift),
+        )
+    )
+
+    def extract_value(self, values: Any, i: int) -> Any:
+        return values[i]
+
+    def call(self, function: Any, operands: list, attrs: Any) -> Any:
+        """An inline assembly."""
+        name = next(name for name in _ASSEMBLY if name in function.asm)
+        offset = re.search(r"\[\$\d\+(\d+)\]", function.asm)
+        out = _ASSEMBLY[name](*map(_value, operands), *([int(offset[1])] if offset else []))
+        return None if out is None else np.asarray(out).view(_Numbers)
+
+
+def _each_lane(function: Callable) -> Callable:
+    """Of each lane, whose function may return several numbers."""
+
+    def of_lanes(address: Any, *operands: Any) -> Any:
+        lanes = [np.broadcast_to(operand, 32).tolist() for operand in operands]
+        found = [function(*each) for each in zip(np.broadcast_to(address, 32).tolist(), *lanes, strict=True)]
+        return np.array(found, np.float32).T if found[0] is not None else None
+
+    return of_lanes
+
+
+def _load_matrices(address: Any) -> list:
+    """ldmatrix: lane 8m + i has the address of row i of matrix m, of which a row's word t goes to lane 4i + t."""
+    at = np.asarray(address).reshape(4, 8, 1) + 4 * np.arange(4)
+    assert not (at[..., 0] % 16).any(), "misaligned"
+    return list(np.array(_here.block.words, np.int64)[at >> 2].reshape(4, 32))
+
+
+def _multiply_tiles(*operands: Any) -> np.ndarray:
+    """PTX ISA, "matrix fragments for mma.m16n8k16"."""
+    c = np.array(operands[:4], np.float64).reshape(2, 2, 8, 4)  # [half of the rows, odd column, g, t]
+    words = np.array([np.broadcast_to(word, 32) for word in operands[4:]]).astype(np.int32)
+    halves = words.view(np.float16).astype(np.float64).reshape(6, 8, 4, 2)  # [register, g, t, odd column]
+    a = halves[:4].reshape(2, 2, 8, 4, 2).transpose(1, 2, 0, 3, 4).reshape(16, 16)
+    b = halves[4:].transpose(1, 0, 2, 3).reshape(8, 16)
+    product = (a @ b.T).reshape(2, 8, 4, 2).transpose(0, 3, 1, 2)
+    return (c + product).astype(np.float32).reshape(4, 32)
+
+
+def _to_half(value: Any) -> np.ndarray:
+    return np.clip(value, -65504, 65504).astype(np.float16).view(np.uint16)
+
+
+_ASSEMBLY: dict[str, Callable] = {
+    "ldmatrix.sync.aligned.m8n8.x4.shared": _load_matrices,
+    "mma.sync.aligned.m16n8k16": _multiply_tiles,
+    "ld.shared.v2.f32": _each_lane(lambda at, offset: _here.block.floats[(n := _check(at + offset, 8) >> 2) : n + 2]),
+    "st.shared.f32": _each_lane(lambda at, value, offset: _shared_store_floats(at + offset, value)),
+    "st.shared.b16": _each_lane(lambda at, bits, offset: _shared_store_half(at + offset, bits)),
+    "ld.global.cg.v4.f32": _each_lane(_global(_f32, 4)),
+    "st.global.v4.f32": _each_lane(_store(_f32, 4)),
+    "ex2.approx": np.exp2,
+    "rcp.approx": np.reciprocal,
+    "cvt.rn.f16.f32": _to_half,
+}
+
+
+def _lanes_of(kind: Any, values: tuple) -> Any:
+    """A parameter's values in all lanes."""
+    if isinstance(kind, types.UniTuple):
+        return [_lanes_of(kind.dtype, each) for each in zip(*values, strict=True)]
+    return np.array(values, np.float32 if kind is types.float32 else np.int64).view(_Numbers)
+
+
+def _of_warp(body: Callable, arguments: tuple, lanes: list) -> list:
+    """What a function of fragments returns, in each lane."""
+    target, ptx.target = ptx.target, (8, 0)
+    try:
+        out = body(_Lanes(), *map(_lanes_of, arguments, zip(*lanes, strict=True)))
+    finally:
+        ptx.target = target
+    if not isinstance(out, list):
+        return [None] * 32 if out is None else list(out)
+    return list(zip(*(np.broadcast_to(np.asarray(_value(each), np.float32), 32) for each in out), strict=True))
+
+
+def _fragments(body: Callable, arguments: tuple) -> Callable:
+    def function(*values: Any) -> Steps:
+        lanes = yield from _exchange(values)
+        if len(lanes) == 32:  # who is first computes it for all
+            lanes.append(_of_warp(body, arguments, list(lanes)))
+        return lanes[32][_here.lane]
+
+    return function
+
+
 # --- from a kernel to generators ---------------------------------------------------------------------------------
 
 
@@ -541,6 +703,10 @@ def _emulated(value: Any, made: dict[int, Any]) -> Any:
         return _INSTRUCTIONS[name]
     if name in ("wait", "dealt") and not hasattr(value, "py_func"):
         return lambda: None  # of copies, which are done at once; registers
+    codegen = value._defn.__globals__.get("codegen") if hasattr(value, "_defn") else None
+    emitted = inspect.getclosurevars(codegen).nonlocals if codegen else {}
+    if "body" in emitted:  # over_fragment made it
+        return _fragments(emitted["body"], emitted["arguments"])
     function = getattr(value, "py_func", None)
     if function is None:
         return value

@@ -1,6 +1,9 @@
-"""Attention for decoding, run in Python (simt.py) against the float64 reference."""
+"""Attention for decoding and products of batches, run in Python (simt.py) against the float64 reference."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +15,18 @@ import simt
 from machine import assert_within, normal
 from numba import cuda
 from numpy import float32, int32
+from simt import Array
 
 from numbainfer.gpu.attention_core import Layout, make_core
 from numbainfer.gpu.attention_decode import WARPS, _decode
 from numbainfer.gpu.compile import Kernel, kernel
+from numbainfer.gpu.elementwise import rmsnorm, swiglu
 from numbainfer.gpu.half_rows import HalfRows, pack, unpack
+from numbainfer.gpu.launch import Stream
+from numbainfer.gpu.linear_int8 import linear_int8
 from numbainfer.gpu.ptx import shared_address, shared_f32, shared_store_f32
+from numbainfer.gpu.quantize import as_codes, quantize
+from numbainfer.quantization import QuantizedMatrix, QuantizedRows, dequantize
 
 PAGE = 64
 LOG2_E = float(np.log2(np.e))
@@ -166,3 +175,99 @@ def test_inner_part(head_dim: int, shared: int, warps: int, keys: int, lowest: i
     largest, total = out[shared * head_dim :].reshape(shared, 2).T
     assert_within(largest, scores.max(1) * LOG2_E, 1e-5)
     assert_within(total, weights.sum(1), 1e-5)
+
+
+class Emulated(Stream):
+    """A stream whose kernels run in Python. It is the pool too."""
+
+    def __init__(self, multiprocessors: int, order: int | None) -> None:
+        self.gpu: Any = SimpleNamespace(capability=(8, 0), multiprocessors=multiprocessors)
+        self.order, self.launched = order, list[str]()
+        self._held, self._scratch = None, {}
+
+    def launch(self, kernel: Kernel, grid: Any, *arguments: Any, **options: Any) -> None:
+        self.flush()
+        self.launched.append(kernel.name)
+        simt.launch(kernel, grid, *arguments, **options, order=self.order)
+
+    def scratch(self, name: str, shape: int | tuple[int, ...], dtype: Any = np.float32) -> Any:
+        wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if name not in self._scratch or self._scratch[name].nbytes < wanted:
+            self._scratch[name] = np.full(wanted, 0xFF, np.uint8).view(Array)  # NaN
+        return self._scratch[name][:wanted].view(dtype).reshape(shape)
+
+    def counters(self, count: int) -> Any:
+        return np.zeros(count, np.int32).view(Array)
+
+    def zeros(self, shape: Any, dtype: Any) -> Any:
+        return np.zeros(shape, dtype).view(Array)
+
+
+def int8_matrix(seed: int, rows: int, columns: int) -> tuple[QuantizedMatrix, np.ndarray]:
+    codes, scales = reference.quantize_groups(0.1 * normal(seed, rows, columns), 32)
+    matrix = QuantizedMatrix(codes.view(Array), scales.astype(np.float16).view(Array), 32)
+    return matrix, dequantize(matrix)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inner", "width", "multiprocessors", "order"),
+    [(5, 64, 96, 2, None), (20, 512, 96, 4, 1), (40, 32, 192, 1, None)],
+)
+def test_norm_as_part_of_products(tokens: int, inner: int, width: int, multiprocessors: int, order: int | None) -> None:
+    """A product added to the residual stream, its norm, and two products of that: QKV, and a SwiGLU of gate and up; one
+    after the other, with columns in parts (20 tokens) and several tiles for a block (40). Then the norm's codes."""
+    stream, eps = Emulated(multiprocessors, order), 0.1
+    x, weight, bias = normal(1, tokens, width), 1 + 0.5 * normal(2, width), normal(3, 160)
+    (down, d), (qkv, q), (gate_up, g) = (
+        int8_matrix(i, *s) for i, s in ((4, (width, inner)), (5, (160, width)), (6, (192, width)))
+    )
+    before, normed, hidden = (QuantizedRows.empty(stream, tokens, n, 32, 2) for n in (inner, width, 96))
+    values = normal(7, tokens, inner)
+    before.halves = HalfRows(pack(values, 128).view(Array), tokens, inner)
+    out, product, residual = np.zeros((tokens, 160), np.float32), np.zeros((tokens, 192), np.float32), x.copy()
+    out, product, residual, weight, bias = (a.view(Array) for a in (out, product, residual, weight, bias))
+
+    linear_int8(stream, before, down, None, residual, residual)
+    rmsnorm(stream, residual, weight, eps, normed)
+    linear_int8(stream, normed, qkv, bias, None, out)
+    linear_int8(stream, normed, gate_up, None, None, product)
+    swiglu(stream, product, hidden)
+    linear_int8(stream, hidden, int8_matrix(8, 32, 96)[0], None, None, np.zeros((tokens, 32), np.float32).view(Array))
+    assert stream.launched == ["linear_mma"] * 3
+
+    expected = reference.linear(values, d, None, x)
+    assert_within(residual, expected, 2**-10 * (reference.linear(abs(values), abs(d)) + abs(x)))
+    expected = reference.rmsnorm(expected, weight, eps)
+    assert_within(unpack(normed.halves), expected, 1e-2)
+    assert_within(out, reference.linear(expected, q, bias), 2e-3 * reference.linear(abs(expected), abs(q)))
+    gates = reference.linear(expected, g)
+    assert_within(unpack(hidden.halves), reference.swiglu(gates[:, :96], gates[:, 96:]), 2e-2)
+    as_codes(stream, normed)
+    assert_within(normed.dequantize(), expected, 1e-2)
+
+
+def test_norm_alone() -> None:
+    """Of a sum: where somebody reads the residual stream before a product comes, and where its result goes to the
+    memory that the sum's product reads."""
+    stream, x = Emulated(2, 2), normal(1, 20, 160)
+    weight, matrix, w = np.ones(160, np.float32).view(Array), *int8_matrix(2, 160, 160)
+    rows, other = (QuantizedRows.empty(stream, 20, 160, 32, 2) for _ in range(2))
+    residual, out = x.copy().view(Array), np.zeros((20, 160), np.float32).view(Array)
+    quantize(stream, x.view(Array), rows)
+    linear_int8(stream, rows, matrix, None, residual, residual)
+    rmsnorm(stream, residual, weight, 1e-5, other)
+    stream.flush()
+    assert stream.launched == ["halves", "linear_mma", "quantize_rows"]
+    once = reference.linear(x, w, None, x)
+    bound = 2**-10 * (reference.linear(abs(x), abs(w)) + abs(x))
+    assert_within(residual, once, bound)
+    assert_within(other.dequantize(), reference.rmsnorm(once, weight, 1e-5), 1e-2)
+
+    linear_int8(stream, rows, matrix, None, residual, residual)
+    rmsnorm(stream, residual, weight, 1e-5, rows)
+    linear_int8(stream, rows, matrix, None, None, out)
+    stream.flush()
+    assert stream.launched[3:] == ["linear_mma", "halves", "linear_mma"]
+    assert_within(residual, 2 * once - x, 2 * bound)
+    values = reference.rmsnorm(residual, weight, 1e-5)
+    assert_within(out, reference.linear(values, w), 2e-3 * reference.linear(abs(values), abs(w)))

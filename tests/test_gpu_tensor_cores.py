@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import reference
@@ -97,6 +99,98 @@ def test_two_products_of_one_input(gpu: Machine, tokens: int) -> None:
     for result, matrix in ((out, w), (other, v)):
         bound = 2**-11 * reference.linear(abs(values), abs(matrix))
         assert_within(gpu.get(result), reference.linear(values, matrix), bound)
+    gpu.close()
+
+
+def add_to_stream(gpu: Machine, x: np.ndarray, inner: int) -> tuple[Any, np.ndarray, np.ndarray]:
+    """x on the GPU, to which a product of `inner` columns is being added; what it becomes, and by how much it may be
+    off."""
+    tokens, width = x.shape
+    values, residual = normal(11, tokens, inner), gpu.put(x)
+    matrix, w = weights(gpu, 12, width, inner, 32)
+    rows = QuantizedRows.empty(gpu.ops.pool, tokens, inner, 32, 2)
+    gpu.run("quantize", gpu.put(values), rows)
+    gpu.run("linear", rows, matrix, None, residual, residual)
+    return residual, reference.linear(values, w, None, x), 2**-11 * (reference.linear(abs(values), abs(w)) + abs(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [5, 16, 33, 64])
+@pytest.mark.parametrize(("width", "inner"), [(96, 64), (160, 4864), (448, 576), (896, 896), (896, 4864), (2048, 96)])
+def test_norm_as_part_of_products(gpu: Machine, tokens: int, width: int, inner: int) -> None:
+    """A product added to the residual stream, its norm, and two products of that: one with a bias, one with SwiGLU."""
+    norm, bias, eps = 1 + 0.5 * normal(1, width), normal(2, 352), 1e-5
+    qkv, q = weights(gpu, 3, 352, width, 32)
+    gate_up, g = weights(gpu, 4, 2 * 416, width, 32)
+    down, d = weights(gpu, 5, 224, 416, 32)
+    normed = QuantizedRows.empty(gpu.ops.pool, tokens, width, 32, 2)
+    hidden = QuantizedRows.empty(gpu.ops.pool, tokens, 416, 32, 2)
+    out, product, last = gpu.out(tokens, 352), gpu.out(tokens, 2 * 416), gpu.out(tokens, 224)
+    residual, expected, bound = add_to_stream(gpu, 3 * normal(6, tokens, width), inner)
+    gpu.run("rmsnorm", residual, gpu.put(norm), eps, normed)
+    gpu.run("linear", normed, qkv, gpu.put(bias), None, out)
+    gpu.run("linear", normed, gate_up, None, None, product)
+    gpu.run("swiglu", product, hidden)
+    gpu.run("linear", hidden, down, None, None, last)
+
+    x = gpu.get(residual)
+    assert normed.halves.squares is not None
+    assert_within(x, expected, bound)
+    values = reference.rmsnorm(x, norm, eps)
+    assert_within(gpu.get(out), reference.linear(values, q, bias), 2**-11 * reference.linear(abs(values), abs(q)))
+    gates = reference.linear(values, g)
+    middle = reference.swiglu(gates[:, :416], gates[:, 416:])
+    assert_within(gpu.get(last), reference.linear(middle, d), 4e-3 * reference.linear(abs(middle), abs(d)))
+    gpu.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_norm_that_no_product_takes(gpu: Machine, tokens: int) -> None:
+    """Somebody reads the residual stream before; later the norm's codes."""
+    norm, x = 1 + 0.5 * normal(1, 160), normal(2, tokens, 160)
+    normed = QuantizedRows.empty(gpu.ops.pool, tokens, 160, 32, 2)
+    residual, expected, bound = add_to_stream(gpu, x, 96)
+    gpu.run("rmsnorm", residual, gpu.put(norm), 1e-5, normed)
+    assert_within(gpu.get(residual), expected, bound)
+    codes, scales, _ = gpu.get_rows(normed)
+    values = reference.rmsnorm(gpu.get(residual), norm, 1e-5)
+    assert_within(reference.dequantize(codes, scales), values, np.repeat(1.51 * scales, 32, axis=1) + 1e-5)
+    gpu.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_codes_of_a_norm_as_part_of_products(gpu: Machine, tokens: int) -> None:
+    """A product takes the norm in float16, then experts want its codes."""
+    norm = 1 + 0.5 * normal(1, 160)
+    normed = QuantizedRows.empty(gpu.ops.pool, tokens, 160, 32, 2)
+    router, r = weights(gpu, 3, 32, 160, 32)
+    experts, e = weights(gpu, 4, 64, 160, 32)
+    logits, out = gpu.out(tokens, 32), gpu.out(tokens, 64)
+    residual, _, _ = add_to_stream(gpu, normal(5, tokens, 160), 96)
+    gpu.run("rmsnorm", residual, gpu.put(norm), 1e-5, normed)
+    gpu.run("linear", normed, router, None, None, logits)
+    gpu.run("linear_experts", normed, experts, gpu.put(np.array([0, tokens], np.int32)), None, out)
+    values = reference.rmsnorm(gpu.get(residual), norm, 1e-5)
+    for result, w in ((logits, r), (out, e)):
+        assert_within(gpu.get(result), reference.linear(values, w), 2**-11 * reference.linear(abs(values), abs(w)))
+    gpu.close()
+
+
+@pytest.mark.gpu
+def test_norm_in_the_memory_of_the_product_before(gpu: Machine) -> None:
+    """Its result goes where other blocks of the product still read."""
+    x, norm = normal(1, 20, 512), 1 + 0.5 * normal(2, 512)
+    matrix, w = weights(gpu, 3, 512, 512, 64)
+    rows, residual, out = QuantizedRows.empty(gpu.ops.pool, 20, 512, 64, 2), gpu.put(x), gpu.out(20, 512)
+    gpu.run("quantize", gpu.put(x), rows)
+    gpu.run("linear", rows, matrix, None, residual, residual)
+    gpu.run("rmsnorm", residual, gpu.put(norm), 1e-5, rows)
+    gpu.run("linear", rows, matrix, None, None, out)
+    values = reference.rmsnorm(gpu.get(residual), norm, 1e-5)
+    assert_within(gpu.get(residual), reference.linear(x, w, None, x), 2**-11 * reference.linear(abs(x), abs(w)) + 1e-5)
+    assert_within(gpu.get(out), reference.linear(values, w), 2**-11 * reference.linear(abs(values), abs(w)))
     gpu.close()
 
 

@@ -19,6 +19,7 @@ from building import Checkpoints, build_model, difference, source_weights
 from conftest import operators
 from numba import cuda
 from numpy import int32, int64
+from simt import Array
 from tiny_models import TOKEN_CONFIGS
 
 from numbainfer.gpu.compile import kernel
@@ -32,14 +33,6 @@ from numbainfer.quantization import GROUPS, QuantizedMatrix
 
 SLOTS = 3  # of the history
 SHARED_MEMORY = 227 << 10  # bytes of a block, on an H100
-
-
-class Array(np.ndarray):
-    """A NumPy array that knows its pointer, as device arrays do."""
-
-    @property
-    def pointer(self) -> int:
-        return self.ctypes.data
 
 
 class Emulated:

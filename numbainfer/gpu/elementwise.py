@@ -9,13 +9,13 @@ from numba import cuda
 from numpy import float32
 
 from numbainfer.gpu.compile import family, kernel
-from numbainfer.gpu.half_rows import HalfRows
+from numbainfer.gpu.half_rows import BLOCK, SUM_FACTOR, HalfRows, to_halves
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.linear_int8 import HeldLinear
-from numbainfer.gpu.linear_mma import HeldProduct
+from numbainfer.gpu.linear_mma import HeldProduct, HeldSum
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import advance, half_to_float, wait_for_previous_kernel
-from numbainfer.gpu.quantize import HeldRows, quantize_rows
+from numbainfer.gpu.quantize import HeldActivations, HeldRows, check_rows, quantize_rows
 from numbainfer.gpu.reduce import block_max, block_sum, element
 from numbainfer.quantization import Matrix, QuantizedMatrix, QuantizedRows
 
@@ -80,12 +80,44 @@ def _rmsnorm(x, weight, width, eps, out):
         out[i] = x[i] * factor * weight[i]
 
 
+class HeldNorm(HeldActivations):
+    """The norm of a sum of few tokens, neither launched yet."""
+
+    factor = SUM_FACTOR
+
+    def __init__(self, stream: Stream, product: HeldSum, weight: DeviceArray, eps: float, out: QuantizedRows) -> None:
+        self.stream, self.product, self.weight, self.eps, self.out = stream, product, weight, eps, out
+        out.halves = None
+
+    def launch(self) -> None:
+        """The sum, then its norm, quantized."""
+        self.product.launch()
+        HeldRows(self.stream, "norm", self.product.out, self.weight, self.eps, self.out).launch()
+
+    def launch_halves(self, halves: HalfRows) -> None:
+        """Both at once, but for the division: it is for the products that take `halves`."""
+        if halves.data.pointer == self.product.x.data.pointer:  # which other blocks of the product still read
+            self.product.launch()
+            to_halves(self.stream, "norm", self.product.out, self.weight, self.eps, halves)
+            return
+        shape = (self.out.tokens, -(-halves.width // BLOCK))
+        halves.squares, halves.eps = self.stream.scratch(f"squares of {self.out.codes.pointer}", shape), self.eps
+        self.product.launch_normed(self.weight, halves)
+
+
 def rmsnorm(stream: Stream, x: DeviceArray, weight: DeviceArray, eps: float, out: DeviceArray | QuantizedRows) -> None:
     """See registry.rmsnorm."""
     tokens, width = x.shape
     if weight.shape != (width,) or out.shape != x.shape:
         raise ValueError(f"rmsnorm: x {x.shape}, weight {weight.shape}, out {out.shape} do not fit")
     if isinstance(out, QuantizedRows):
+        check_rows(out, tokens, width)
+        held, same = stream.take_held(), (x.pointer, x.shape)
+        if isinstance(held, HeldSum) and (held.out.pointer, held.out.shape) == same and width % 4 == 0:
+            stream.hold(HeldNorm(stream, held, weight, eps, out))
+            return
+        if held is not None:
+            held.launch()
         quantize_rows(stream, "norm", x, weight, eps, out)
     else:
         stream.launch(_rmsnorm, tokens, x, weight, width, eps, out)

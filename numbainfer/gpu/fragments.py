@@ -107,6 +107,22 @@ def scale_rows(width: int) -> Any:
     return fragment_scale_rows
 
 
+@cache
+def scale_columns(width: int) -> Any:
+    """f(acc, address) -> acc * a float32 for each column, in shared memory: that of the thread's [g, 2t] at address."""
+
+    @over_fragment(fragment(width), fragment(width), i32)
+    def fragment_scale_columns(builder, acc, address):
+        struct, out = ir.LiteralStructType([FLOAT] * 2), []
+        for j in range(width // 8):
+            text = f"ld.shared.v2.f32 {{$0, $1}}, [$2+{32 * j}];"
+            two = asm(builder, struct, text, "=f,=f,r,~{memory}", [address])
+            out += [builder.fmul(acc[4 * j + i], builder.extract_value(two, i % 2)) for i in range(4)]
+        return out
+
+    return fragment_scale_columns
+
+
 def _exp2(builder: Any, value: Any) -> Any:
     return asm(builder, FLOAT, "ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], effects=False)
 

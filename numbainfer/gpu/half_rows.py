@@ -46,6 +46,9 @@ THREADS = 256
 HIDDEN_FACTOR = 64.0
 """What MLP activations are divided by in float16: silu(gate) * up has outliers in the thousands in some models, and
 16-bit floats lose nothing down to 2^-14 of a unit, so 4 million and 4e-3 are both within reach."""
+SUM_FACTOR = 8.0
+"""The same for sums of the residual stream times a norm's weights, before they are divided by their root mean square:
+outliers reach thousands in some models, and 524,000 is within reach; 8 * 2^-25 = 2.4e-7 is what small ones lose."""
 
 
 def padded(tokens: int) -> int:
@@ -55,12 +58,18 @@ def padded(tokens: int) -> int:
 
 @dataclass
 class HalfRows:
-    """tokens x width activations in float16: data [blocks, rows, 64] as uint16 bits, standing for factor * data."""
+    """tokens x width activations in float16: data [blocks, rows, 64] as uint16 bits, standing for factor * data.
+
+    squares, where they are still to be divided by the root of their mean square + eps: float32 [tokens, blocks], the
+    sum over each block's columns. (Of the numbers before the norm's weights: data has them.)
+    """
 
     data: Any
     tokens: int
     width: int
     factor: float = 1.0
+    squares: Any = None
+    eps: float = 0.0
 
     @classmethod
     def empty(cls, pool: MemoryPool, tokens: int, width: int, factor: float = 1.0) -> HalfRows:
@@ -104,7 +113,11 @@ def unpack(rows: HalfRows) -> np.ndarray:
     token = np.arange(count)[:, None]
     chunks = data.reshape(blocks, count, 8, 4, 2)[:, token, np.arange(8)[None] ^ (token % 8)]
     values = chunks.transpose(1, 0, 3, 2, 4).reshape(count, blocks * BLOCK)
-    return values[: rows.tokens, : rows.width].astype(np.float64) * rows.factor
+    values = values[: rows.tokens, : rows.width].astype(np.float64) * rows.factor
+    if rows.squares is None:
+        return values
+    total = np.asarray(rows.squares)[: rows.tokens].sum(axis=1, keepdims=True, dtype=np.float64)
+    return values / np.sqrt(total / rows.width + rows.eps)
 
 
 @device_function
@@ -215,11 +228,16 @@ def _from_codes(codes, stride, scales, group, width, rows, out):
         out[half_index(rows, token, i)] = float_to_half(min(max(value, float32(-65504)), float32(65504)))
 
 
-@kernel("u16p i32 i32 f32 f32p", threads=THREADS)
-def _to_floats(halves, rows, width, factor, out):
+@kernel("u16p i32 i32 f32 f32p f32 f32p", threads=THREADS)
+def _to_floats(halves, rows, width, factor, squares, eps, out):
     """HalfRows to float32 [T, width]; a token to a block."""
     wait_for_previous_kernel()
     token = cuda.blockIdx.x
+    if address(squares) != 0:
+        blocks, total = (width + 63) >> 6, float32(0)
+        for block in range(blocks):
+            total += squares[token * blocks + block]
+        factor /= math.sqrt(total / float32(width) + eps)
     for i in range(cuda.threadIdx.x, width, THREADS):
         out[int64(token) * width + i] = half_to_float(halves[half_index(rows, token, i)]) * factor
 
@@ -251,4 +269,4 @@ def halves_of_codes(stream: Stream, x: QuantizedRows, out: HalfRows) -> None:
 
 def floats_of_halves(stream: Stream, x: HalfRows, out: DeviceArray) -> None:
     """The values of HalfRows in float32 [T, width]."""
-    stream.launch(_to_floats, x.tokens, x.data, x.rows, x.width, x.factor, out)
+    stream.launch(_to_floats, x.tokens, x.data, x.rows, x.width, x.factor, x.squares, x.eps, out)

@@ -22,7 +22,7 @@ from numpy import float32, int32, int64
 from numbainfer.errors import NumbaInferError
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
 from numbainfer.gpu.launch import Held, Stream
-from numbainfer.gpu.linear_mma import HeldProduct, linear_mma
+from numbainfer.gpu.linear_mma import HeldProduct, HeldSum, linear_mma
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import (
     address,
@@ -49,6 +49,7 @@ from numbainfer.gpu.ptx import (
 )
 from numbainfer.gpu.quantize import FEW, TINY, TOP, HeldRows, as_codes, as_halves, check_rows, high_byte, low_byte
 from numbainfer.gpu.reduce import block_sum, warp_sum
+from numbainfer.gpu.tile_store import NARROW
 from numbainfer.quantization import QuantizedMatrix, QuantizedRows
 
 WARPS = 16
@@ -370,6 +371,8 @@ def linear_int8(
         halves = as_halves(stream, held, x)
         if residual is None:
             stream.hold(HeldProduct(stream, halves, weight, bias, out))
+        elif tokens <= NARROW:
+            stream.hold(HeldSum(stream, halves, weight, bias, residual, out))
         else:
             linear_mma(stream, halves, weight, bias, residual, out)
         return

@@ -15,10 +15,15 @@ products is how much comes from the second-level cache, and how long widening ta
 as registers allow, and one product runs while the weights of the next are widened. Where there are fewer
 tiles than multiprocessors, the columns are split among `splits` blocks; the last to finish adds up what all left in
 memory, in order, so that results do not change from run to run.
+
+An RMSNorm between two products of few tokens (up to NARROW) is a part of both: the first one writes the numbers times
+the norm's weights and, for each 64, the sum of squares; the second one divides its result, as all columns of a token
+are divided by the same.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -26,7 +31,7 @@ from numba import cuda
 from numpy import float32, int32, int64, uint32
 
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
-from numbainfer.gpu.fragments import add_spilled, scale_and_shift, spill, zeros
+from numbainfer.gpu.fragments import add_spilled, scale_and_shift, scale_columns, spill, zeros
 from numbainfer.gpu.fragments import gated as gated_rows
 from numbainfer.gpu.half_rows import BLOCK, HalfRows
 from numbainfer.gpu.launch import Held, Stream
@@ -53,14 +58,18 @@ from numbainfer.gpu.pipeline import (
 from numbainfer.gpu.products import finished, multiply, wait_for_products
 from numbainfer.gpu.ptx import (
     address,
+    advance,
     fetch_add,
     let_next_kernel_start,
     shared_address,
     shared_i32,
+    shared_store_f32,
     shared_store_i32,
+    still,
     wait_for_previous_kernel,
 )
-from numbainfer.gpu.tile_store import make_store, make_store_halves, store_bytes
+from numbainfer.gpu.reduce import lanes_sum
+from numbainfer.gpu.tile_store import NARROW, make_store, make_store_halves, store_bytes
 from numbainfer.quantization import AnyMatrix, QuantizedMatrix
 
 CONSUMERS = 256  # threads: two warpgroups; beside them, a warp that copies
@@ -97,7 +106,8 @@ def _linear(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
     zero, product, done = zeros(width), multiply(width), finished(width)
     spill_tile, add_tile = spill(width), add_spilled(width)
     store_tile, store_halves = make_store(width), make_store_halves(width)
-    affine, gate = scale_and_shift(width), gated_rows(width)
+    affine, gate, by_token = scale_and_shift(width), gated_rows(width), scale_columns(width)
+    narrow, sharers = width <= NARROW, CONSUMERS // width  # threads to a token
     # Rows of W, 16 to a warp; or of the result, 8: row g of a fragment is the gate, row g + 8 is up.
     warp_rows = 8 if gated else 16
     group_rows = 4 * warp_rows
@@ -182,8 +192,27 @@ def _linear(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
                 if stage == stages:
                     stage, phase = int32(0), int32(phase ^ 1)
 
+    @device_function
+    def put_factors(squares, eps, D, blocks, first_token, T, thread, factors):
+        """By all consumers, to shared memory: 1 / the root mean square of each of the tile's tokens."""
+        # Nothing of this is to be computed before the loop over tiles, and kept in registers.
+        thread, D, T, blocks = still(thread), still(D), still(T), still(blocks)
+        token, share = int32(thread // sharers), int32(thread % sharers)
+        line = advance(squares, int64(min(first_token + token, T - 1)) * blocks)
+        total, block, last = float32(0), share, int32(blocks - 1)
+        while block < blocks:  # four loads at once
+            block = still(block)
+            b, c, d = int32(block + sharers), int32(block + 2 * sharers), int32(block + 3 * sharers)
+            v0, v1, v2, v3 = line[block], line[min(b, last)], line[min(c, last)], line[min(d, last)]
+            total += v0 + (v1 if b < blocks else float32(0))
+            total += (v2 if c < blocks else float32(0)) + (v3 if d < blocks else float32(0))
+            block = int32(d + sharers)
+        total = lanes_sum(total, sharers)
+        if share == 0:
+            shared_store_f32(factors + 4 * token, float32(1) / math.sqrt(total / float32(D) + eps))
+
     @kernel(
-        "i8p u16p i32 u16p i32 f32 f32p f32p f32p u16p i32 f32 i32 i32 i32 i32 i32 f32p i32p",
+        "i8p u16p i32 u16p i32 f32 f32p f32p f32p u16p i32 f32 i32 i32 i32 i32 i32 f32p i32p f32p f32 f32p f32p",
         threads=CONSUMERS + (128 if paired else 32),
         blocks=blocks_together(width),
         hot=True,
@@ -210,6 +239,10 @@ def _linear(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
         items,
         partial,
         counters,
+        squares,
+        eps,
+        norm_weight,
+        norm_squares,
     ):
         shared = cuda.shared.array(0, int32)
         stages_at = int32((shared_address(shared) + 1023) & -1024)
@@ -217,6 +250,7 @@ def _linear(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
         full = int32(tiles_at + 2 * tile_bytes)
         empty = int32(full + 8 * stages)
         arrived = int32(empty + 8 * stages)
+        factors = int32(arrived + 16)
         thread = int32(cuda.threadIdx.x)
         warp, lane = int32(thread >> 5), int32(thread & 31)
         blocks = int32((D + BLOCK - 1) >> 6)
@@ -268,6 +302,12 @@ def _linear(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
             if deep or paired:
                 behind = load_rows(w0, s0, w1, s1, int32(first + 1), t, last_column, shift)
             wait_for_previous_kernel()  # weights could be asked for before
+            # What tokens are divided by: once, if all tiles are of the same tokens.
+            if narrow:  # noqa: SIM102 - Numba drops what a constant alone rules out
+                if address(squares) != 0 and (token_tiles > 1 or item < 2 * cuda.gridDim.x):
+                    synchronize_threads(3, CONSUMERS)
+                    put_factors(squares, eps, D, blocks, first_token, T, thread, factors)
+                    synchronize_threads(3, CONSUMERS)
             acc = zero()
             block = first
             if paired:
@@ -327,16 +367,23 @@ def _linear(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
                     counters[result] = 0
 
             if complete:
+                if narrow:  # once more: registers are for the weights meanwhile
+                    row = int32(still(first_row) + warp_rows * (warp & 3) + g)
+                    r0, r1 = int32(_last(row, rows)), int32(_last(row + (N if gated else 8), rows))
                 e0 = e1 = float32(0)
                 if address(bias) != 0:
                     e0, e1 = bias[r0], bias[r1]
+                if narrow:  # noqa: SIM102 - as above
+                    if address(squares) != 0:
+                        acc = by_token(acc, int32(factors + 8 * still(t)))
                 acc = affine(acc, factor, e0, e1)
                 if gated:
                     hidden = gate(acc, out_inverse if row < N else float32(0))
                     block = int32(row_tile if row_tile * block_rows < N else -1)  # of 64 columns: the tile's rows
                     store_halves(hidden, tiles_at, warp, lane, out_halves, out_rows, block, first_token)
                 else:
-                    store_tile(acc, tile, warp, lane, residual, out, first_row, N, first_token, T)
+                    norm = norm_weight, out_halves, out_rows, out_inverse, norm_squares
+                    store_tile(acc, tile, warp, lane, residual, out, norm, first_row, N, first_token, T)
         if paired:  # the other block may still arrive at this one's barriers
             synchronize_cluster()
 
@@ -351,13 +398,17 @@ def linear_mma(
     residual: DeviceArray | None,
     out: DeviceArray | HalfRows,
     plan: Plan | None = None,
+    norm: tuple[DeviceArray, HalfRows] | None = None,
 ) -> None:
-    """See registry.linear. `out` HalfRows: SwiGLU of the product, whose first half is the gate."""
+    """See registry.linear. `out` HalfRows: SwiGLU of the product, whose first half is the gate. norm: the weights of
+    one that follows, and where what it divides goes, with its squares; of up to NARROW tokens."""
     (rows, columns), tokens = weight.shape, x.tokens
     gated = isinstance(out, HalfRows)
     target: tuple[Any, ...]
     if isinstance(out, HalfRows):
         rows, target = rows // 2, (None, out.data, out.rows, 1 / out.factor)
+    elif norm is not None:
+        target = (out, norm[1].data, norm[1].rows, 1 / norm[1].factor)
     else:
         target = (out, None, 0, 1.0)
     multiprocessors = stream.gpu.multiprocessors
@@ -378,6 +429,7 @@ def linear_mma(
         *(cluster * min(clusters, items), codes, scales, shift),
         *(x.data, x.rows, x.factor, bias, residual, *target),
         *(rows, columns, tokens, plan.splits, items, partial, counters),
+        *(x.squares, x.eps, *((norm[0], norm[1].squares) if norm is not None else (None, None))),
         shared=plan.shared,
         cluster=cluster,
     )
@@ -401,3 +453,20 @@ class HeldProduct(Held):
     def launch_gated(self, hidden: HalfRows) -> None:
         """SwiGLU of the product; the product itself is not written."""
         linear_mma(self.stream, self.x, self.weight, self.bias, None, hidden)
+
+
+class HeldSum(Held):
+    """A product added to the residual stream, of so few tokens that the norm which may follow can be a part of it."""
+
+    def __init__(
+        self, stream: Stream, x: HalfRows, weight: QuantizedMatrix, bias: Any, residual: DeviceArray, out: DeviceArray
+    ) -> None:
+        self.stream, self.x, self.weight, self.bias, self.residual, self.out = stream, x, weight, bias, residual, out
+
+    def launch(self) -> None:
+        """The product alone."""
+        linear_mma(self.stream, self.x, self.weight, self.bias, self.residual, self.out)
+
+    def launch_normed(self, weight: DeviceArray, normed: HalfRows) -> None:
+        """The product, and what a norm of these weights divides, with the squares that it divides by."""
+        linear_mma(self.stream, self.x, self.weight, self.bias, self.residual, self.out, norm=(weight, normed))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from numbainfer.gpu.half_rows import BLOCK
-from numbainfer.gpu.tile_store import store_bytes
+from numbainfer.gpu.tile_store import NARROW, store_bytes
 
 
 def stages(width: int) -> int:
@@ -26,7 +26,8 @@ class Plan:
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
-        return 1024 + stages(self.width) * (self.width * 2 * BLOCK + 16) + 2 * store_bytes(self.width) + 16
+        factors = 4 * self.width if self.width <= NARROW else 0
+        return 1024 + stages(self.width) * (self.width * 2 * BLOCK + 16) + 2 * store_bytes(self.width) + 16 + factors
 
 
 def blocks_together(width: int) -> int:
@@ -45,8 +46,8 @@ class Costs:
 
 
 COSTS = {128: Costs(1.0, 8.0, 4.0), 256: Costs(1.7, 12.0, 8.0)}
-NARROW = Costs(1.0, 11.3, 0.9)
-"""Of fewer tokens. Measured on an H100: 12 shapes of three models, 1 to 16 parts, 32 and 128 to 2,048 tokens."""
+"""By the width of tiles. Measured on an H100: 12 shapes of three models, 1 to 16 parts, 32 and 128 to 2,048 tokens."""
+NARROW_COSTS = Costs(1.0, 11.3, 0.9)
 
 
 @cache
@@ -60,7 +61,7 @@ def choose(rows: int, columns: int, tokens: int, gated: bool, multiprocessors: i
         tiles = -(-rows // (64 if gated else 128))
         tiles = -(-tiles // 2) * 2 if paired else tiles
         tiles *= -(-tokens // width)
-        costs = COSTS.get(width, NARROW)
+        costs = COSTS.get(width, NARROW_COSTS)
         slots = multiprocessors * blocks_together(width)
         for splits in range(1, max(1, min(16, blocks // 2)) + 1):
             rounds, work = -(-tiles * splits // slots), -(-blocks // splits)

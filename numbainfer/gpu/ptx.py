@@ -166,6 +166,11 @@ def store_f32(address, value):
     """4 bytes of activations."""
 
 
+@instruction("st.global.b32 [$0], $1;", types.void, i64, i32)
+def store_i32(address, value):
+    """4 bytes, as a word."""
+
+
 @instruction("st.global.v4.b32 [$0], {$1, $2, $3, $4};", types.void, i64, i32, i32, i32, i32)
 def store_i32x4(address, a, b, c, d):
     """16 bytes, as words."""
@@ -270,6 +275,11 @@ def shared_store_u16(address, value):
 @instruction("st.shared.f32 [$0], $1;", types.void, i32, f32)
 def shared_store_f32(address, value):
     """4 bytes to shared memory."""
+
+
+@instruction("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", types.void, i32, f32, f32, f32, f32)
+def shared_store_f32x4(address, a, b, c, d):
+    """16 bytes to shared memory, as floats."""
 
 
 @instruction("st.shared.v4.u32 [$0], {$1, $2, $3, $4};", types.void, i32, i32, i32, i32, i32)

@@ -121,7 +121,7 @@ class HeldActivations(Held):
     """The input of a product, not computed yet: a product of many tokens wants it in float16, others want `out`."""
 
     out: QuantizedRows
-    hidden = False  # of an MLP: values have outliers
+    factor = 1.0  # of the HalfRows, which numbers that have outliers are divided by
 
     @abstractmethod
     def launch_halves(self, halves: HalfRows) -> None:
@@ -138,7 +138,7 @@ class HeldRows(HeldActivations):
         self, stream: Stream, kind: str, x: DeviceArray, weight: DeviceArray | None, eps: float, out: QuantizedRows
     ) -> None:
         self.stream, self.kind, self.x, self.weight, self.eps, self.out = stream, kind, x, weight, eps, out
-        self.hidden = kind == "swiglu"
+        self.factor = HIDDEN_FACTOR if kind == "swiglu" else 1.0
 
     def launch(self) -> None:
         """Quantizes."""
@@ -182,7 +182,7 @@ def as_halves(stream: Stream, held: Held | None, x: QuantizedRows) -> HalfRows:
     if held is not None and not mine:
         held.launch()
     if x.halves is None:
-        factor = HIDDEN_FACTOR if isinstance(held, HeldActivations) and mine and held.hidden else 1.0
+        factor = held.factor if isinstance(held, HeldActivations) and mine else 1.0
         halves = scratch_halves(stream, f"halves of {x.codes.pointer}", x.tokens, x.width, factor)
         if isinstance(held, HeldActivations) and mine:
             held.launch_halves(halves)

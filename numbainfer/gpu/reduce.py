@@ -21,6 +21,16 @@ def warp_sum(value):
 
 
 @device_function
+def lanes_sum(value, lanes):
+    """The sum over each so many neighbouring lanes of a warp, a power of two, in each of them."""
+    step = lanes // 2
+    while step > 0:
+        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
+        step //= 2
+    return value
+
+
+@device_function
 def warp_max(value):
     """The largest of a warp's 32 lanes, in every lane; NaN counts as smallest."""
     for step in (16, 8, 4, 2, 1):
