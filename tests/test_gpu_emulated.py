@@ -24,6 +24,8 @@ from numbainfer.gpu.elementwise import rmsnorm, swiglu
 from numbainfer.gpu.half_rows import HalfRows, pack, unpack
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.linear_int8 import linear_int8
+from numbainfer.gpu.linear_mma import linear_mma
+from numbainfer.gpu.mma_plan import Plan
 from numbainfer.gpu.ptx import shared_address, shared_f32, shared_store_f32
 from numbainfer.gpu.quantize import as_codes, quantize
 from numbainfer.quantization import QuantizedMatrix, QuantizedRows, dequantize
@@ -211,7 +213,7 @@ def int8_matrix(seed: int, rows: int, columns: int) -> tuple[QuantizedMatrix, np
 
 @pytest.mark.parametrize(
     ("tokens", "inner", "width", "multiprocessors", "order"),
-    [(5, 64, 96, 2, None), (20, 512, 96, 4, 1), (40, 32, 192, 1, None)],
+    [(5, 64, 96, 2, None), (20, 512, 96, 4, 1), (40, 32, 192, 1, 3)],
 )
 def test_norm_as_part_of_products(tokens: int, inner: int, width: int, multiprocessors: int, order: int | None) -> None:
     """A product added to the residual stream, its norm, and two products of that: QKV, and a SwiGLU of gate and up; one
@@ -242,6 +244,9 @@ def test_norm_as_part_of_products(tokens: int, inner: int, width: int, multiproc
     assert_within(out, reference.linear(expected, q, bias), 2e-3 * reference.linear(abs(expected), abs(q)))
     gates = reference.linear(expected, g)
     assert_within(unpack(hidden.halves), reference.swiglu(gates[:, :96], gates[:, 96:]), 2e-2)
+    again = np.zeros_like(out)
+    linear_mma(stream, normed.halves, qkv, bias, None, again, Plan(16, 1, 1, 2 * -(-tokens // 16)))  # narrower tiles
+    assert_within(again, out, 1e-5)
     as_codes(stream, normed)
     assert_within(normed.dequantize(), expected, 1e-2)
 

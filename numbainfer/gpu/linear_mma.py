@@ -197,7 +197,7 @@ def _linear(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
         """By all consumers, to shared memory: 1 / the root mean square of each of the tile's tokens."""
         # Nothing of this is to be computed before the loop over tiles, and kept in registers.
         thread, D, T, blocks = still(thread), still(D), still(T), still(blocks)
-        token, share = int32(thread // sharers), int32(thread % sharers)
+        token, share = int32(uint32(thread) // uint32(sharers)), int32(thread & (sharers - 1))
         line = advance(squares, int64(min(first_token + token, T - 1)) * blocks)
         total, block, last = float32(0), share, int32(blocks - 1)
         while block < blocks:  # four loads at once
@@ -305,7 +305,8 @@ def _linear(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
             # What tokens are divided by: once, if all tiles are of the same tokens.
             if narrow:  # noqa: SIM102 - Numba drops what a constant alone rules out
                 if address(squares) != 0 and (token_tiles > 1 or item < 2 * cuda.gridDim.x):
-                    synchronize_threads(3, CONSUMERS)
+                    if token_tiles > 1:  # others may still divide by those of the tile before
+                        synchronize_threads(3, CONSUMERS)
                     put_factors(squares, eps, D, blocks, first_token, T, thread, factors)
                     synchronize_threads(3, CONSUMERS)
             acc = zero()
