@@ -834,13 +834,15 @@ def launch(
     *arguments: Any,
     shared: int = 0,
     together: bool = False,
+    cluster: int = 1,
     order: int | None = None,
     others: list[np.ndarray] | None = None,
 ) -> None:
     """Runs kernel(*arguments) on `grid` blocks; arrays are written in place, None is a null pointer.
 
-    others: arrays that are no arguments, but pointed at by what is in one.
+    others: arrays that are no arguments, but pointed at by what is in one. Blocks are in no clusters.
     """
+    assert cluster == 1
     global _world  # noqa: PLW0603
     body = _body(kernel)
     taken: list[Any] = []

@@ -244,8 +244,8 @@ def test_norm_as_part_of_products(tokens: int, inner: int, width: int, multiproc
     assert_within(out, reference.linear(expected, q, bias), 2e-3 * reference.linear(abs(expected), abs(q)))
     gates = reference.linear(expected, g)
     assert_within(unpack(hidden.halves), reference.swiglu(gates[:, :96], gates[:, 96:]), 2e-2)
-    again = np.zeros_like(out)
-    linear_mma(stream, normed.halves, qkv, bias, None, again, Plan(16, 1, 1, 2 * -(-tokens // 16)))  # narrower tiles
+    again, narrower = np.zeros_like(out), Plan(16, False, 1, 2 * -(-tokens // 16))
+    linear_mma(stream, normed.halves, qkv, bias, None, again, narrower)
     assert_within(again, out, 1e-5)
     as_codes(stream, normed)
     assert_within(normed.dequantize(), expected, 1e-2)
