@@ -103,8 +103,8 @@ def test_two_products_of_one_input(gpu: Machine, tokens: int) -> None:
 
 
 def add_to_stream(gpu: Machine, x: np.ndarray, inner: int) -> tuple[Any, np.ndarray, np.ndarray]:
-    """x on the GPU, to which a product of `inner` columns is being added; what it becomes, and by how much it may be
-    off."""
+    """x on the GPU, to which a product of `inner` columns is to be added, as soon as anything else is done: what it
+    becomes, and by how much it may be off."""
     tokens, width = x.shape
     values, residual = normal(11, tokens, inner), gpu.put(x)
     matrix, w = weights(gpu, 12, width, inner, 32)
@@ -126,9 +126,10 @@ def test_norm_as_part_of_products(gpu: Machine, tokens: int, width: int, inner: 
     normed = QuantizedRows.empty(gpu.ops.pool, tokens, width, 32, 2)
     hidden = QuantizedRows.empty(gpu.ops.pool, tokens, 416, 32, 2)
     out, product, last = gpu.out(tokens, 352), gpu.out(tokens, 2 * 416), gpu.out(tokens, 224)
+    device_norm, device_bias = gpu.put(norm), gpu.put(bias)
     residual, expected, bound = add_to_stream(gpu, 3 * normal(6, tokens, width), inner)
-    gpu.run("rmsnorm", residual, gpu.put(norm), eps, normed)
-    gpu.run("linear", normed, qkv, gpu.put(bias), None, out)
+    gpu.run("rmsnorm", residual, device_norm, eps, normed)
+    gpu.run("linear", normed, qkv, device_bias, None, out)
     gpu.run("linear", normed, gate_up, None, None, product)
     gpu.run("swiglu", product, hidden)
     gpu.run("linear", hidden, down, None, None, last)
@@ -150,8 +151,9 @@ def test_norm_that_no_product_takes(gpu: Machine, tokens: int) -> None:
     """Somebody reads the residual stream before; later the norm's codes."""
     norm, x = 1 + 0.5 * normal(1, 160), normal(2, tokens, 160)
     normed = QuantizedRows.empty(gpu.ops.pool, tokens, 160, 32, 2)
+    device_norm = gpu.put(norm)
     residual, expected, bound = add_to_stream(gpu, x, 96)
-    gpu.run("rmsnorm", residual, gpu.put(norm), 1e-5, normed)
+    gpu.run("rmsnorm", residual, device_norm, 1e-5, normed)
     assert_within(gpu.get(residual), expected, bound)
     codes, scales, _ = gpu.get_rows(normed)
     values = reference.rmsnorm(gpu.get(residual), norm, 1e-5)
@@ -168,10 +170,12 @@ def test_codes_of_a_norm_as_part_of_products(gpu: Machine, tokens: int) -> None:
     router, r = weights(gpu, 3, 32, 160, 32)
     experts, e = weights(gpu, 4, 64, 160, 32)
     logits, out = gpu.out(tokens, 32), gpu.out(tokens, 64)
+    device_norm, starts = gpu.put(norm), gpu.put(np.array([0, tokens], np.int32))
     residual, _, _ = add_to_stream(gpu, normal(5, tokens, 160), 96)
-    gpu.run("rmsnorm", residual, gpu.put(norm), 1e-5, normed)
+    gpu.run("rmsnorm", residual, device_norm, 1e-5, normed)
     gpu.run("linear", normed, router, None, None, logits)
-    gpu.run("linear_experts", normed, experts, gpu.put(np.array([0, tokens], np.int32)), None, out)
+    assert normed.halves.squares is not None
+    gpu.run("linear_experts", normed, experts, starts, None, out)
     values = reference.rmsnorm(gpu.get(residual), norm, 1e-5)
     for result, w in ((logits, r), (out, e)):
         assert_within(gpu.get(result), reference.linear(values, w), 2**-11 * reference.linear(abs(values), abs(w)))
@@ -184,9 +188,10 @@ def test_norm_in_the_memory_of_the_product_before(gpu: Machine) -> None:
     x, norm = normal(1, 20, 512), 1 + 0.5 * normal(2, 512)
     matrix, w = weights(gpu, 3, 512, 512, 64)
     rows, residual, out = QuantizedRows.empty(gpu.ops.pool, 20, 512, 64, 2), gpu.put(x), gpu.out(20, 512)
+    device_norm = gpu.put(norm)
     gpu.run("quantize", gpu.put(x), rows)
     gpu.run("linear", rows, matrix, None, residual, residual)
-    gpu.run("rmsnorm", residual, gpu.put(norm), 1e-5, rows)
+    gpu.run("rmsnorm", residual, device_norm, 1e-5, rows)
     gpu.run("linear", rows, matrix, None, None, out)
     values = reference.rmsnorm(gpu.get(residual), norm, 1e-5)
     assert_within(gpu.get(residual), reference.linear(x, w, None, x), 2**-11 * reference.linear(abs(x), abs(w)) + 1e-5)
