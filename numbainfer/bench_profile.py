@@ -102,7 +102,7 @@ def profile(bench: Bench, test: Test, repetitions: int) -> list[dict[str, Any]]:
             for call in calls:
                 call.operator()
     else:
-        step_program = bench.model.program(test.batch, test.batch)
+        step_program = bench.model.program(test.batch, test.batch, True)
     whole, ceilings = [], []
     for done in range(repetitions + 1):
         ceilings.append(bench.bandwidth())

@@ -119,7 +119,7 @@ class Model:
         self.cache = KVCache(ops.pool, config, ctx_size, dtype=dtype, sequences=sequences)
         tables = rope_tables(config, np.arange(ctx_size))  # [positions, r / 2] float32
         self.cos, self.sin = (weights.array(table) for table in tables)
-        self._programs: OrderedDict[tuple[int, int], Any] = OrderedDict()  # by (T, rows of logits or GREEDY)
+        self._programs: OrderedDict[tuple[int, int, bool], Any] = OrderedDict()  # by what `program` takes
         self._running: _GreedyRun | None = None  # that the device is going on with
         self._chosen: dict[int, np.ndarray] = {}  # by B: the latest tokens of greedy decoding, by position
         self._allocate()
@@ -176,10 +176,11 @@ class Model:
             self.ops.pool.release(self._logits)
             self._logits = self.ops.pool.empty((rows, self.config.vocab_size), np.float32)
             self._programs.clear()
+        apart = T == 1 or len(np.unique(sequences)) == T
         if self.eager:
-            self._launch(T, rows, None)
+            self._launch(T, rows, apart, None)
         else:
-            self.program(T, rows).run()
+            self.program(T, rows, apart).run()
         return self.ops.download(self._logits[:rows]) if rows else None
 
     def greedy(
@@ -222,7 +223,7 @@ class Model:
             self._set_rope_rows(np.asarray(positions), 0)
         for sequence in sequences:
             self.cache.append(sequence, [0])  # which one it is becomes known later
-        self.program(B, GREEDY).run()
+        self.program(B, GREEDY, True).run()
         run.marks.append(self.ops.backend.mark(self.ops.stream))
         run.launched += 1
 
@@ -266,33 +267,33 @@ class Model:
             self.ops.pool.release(array)
         self._weights.release()
 
-    def program(self, T: int, rows: int) -> Any:
-        """The captured step of T tokens, with so many rows of logits, or GREEDY."""
-        program = self._programs.get((T, rows))
+    def program(self, T: int, rows: int, apart: bool) -> Any:
+        """The captured step of T tokens, with so many rows of logits, or GREEDY. apart: each of another sequence."""
+        program = self._programs.get((T, rows, apart))
         if program is None:
             with self.ops.stream.capture() as program:
                 history = None
                 if rows == GREEDY:
                     history, self._chosen[T] = self.ops.backend.shared_array(self.ops.stream, (2 * AHEAD, T), np.int32)
-                self._launch(T, T if rows == GREEDY else rows, history)
-            self._programs[T, rows] = program
+                self._launch(T, T if rows == GREEDY else rows, apart, history)
+            self._programs[T, rows, apart] = program
             if len(self._programs) > _KEPT_PROGRAMS:
                 self._programs.popitem(last=False)
-        self._programs.move_to_end((T, rows))
+        self._programs.move_to_end((T, rows, apart))
         return program
 
-    def _launch(self, T: int, rows: int, history: Any) -> None:
+    def _launch(self, T: int, rows: int, apart: bool, history: Any) -> None:
         """Everything of a step; with `history`, registry.greedy too."""
         inputs = self._tokens[:T], self._positions[:T], self._sequences[:T]
         if T == 1 and self.token_step is not None:
             self.token_step.launch(*inputs, self._logits[:1] if rows else None, history)
             return
-        self._walk(T, rows)
+        self._walk(T, rows, apart)
         if history is not None:
             self.ops.greedy(self._logits[:T], *inputs[:2], history)
 
-    def _walk(self, T: int, rows: int) -> None:
-        """The forward pass, with logits of the last `rows` tokens.
+    def _walk(self, T: int, rows: int, apart: bool) -> None:
+        """The forward pass, with logits of the last `rows` tokens. apart: no two are of one sequence.
 
         Shapes: x [T, D], qkv [T, (H + 2 K) d], gate_up [T, 2 F].
         """
@@ -311,7 +312,7 @@ class Model:
             ops.linear(normed, layer.qkv, layer.qkv_bias, None, qkv)
             ops.rope_and_store(
                 *(qkv, heads, layer.q_norm, layer.k_norm, eps, positions, sequences, cos, sin),
-                *(k_pages, v_pages, page_table),
+                *(k_pages, v_pages, page_table, apart),
             )
             mixed = self._input(layer.output, "attention_out", T)
             ops.attention(*(qkv, heads, scale, layer.window, positions, sequences, k_pages, v_pages, page_table, mixed))

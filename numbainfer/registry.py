@@ -107,6 +107,7 @@ def rope_and_store(
     k_pages: Any,
     v_pages: Any,
     page_table: Any,
+    apart: bool = False,
 ) -> None:
     """What happens between the QKV product and attention, fused: per-head RMSNorm of q and k, RoPE, KV store.
 
@@ -114,6 +115,7 @@ def rope_and_store(
     q_norm, k_norm [d] or None; cos None: no RoPE in this layer. positions, sequences [T] int32. k_pages, v_pages
     [P, K, 64, d] float16 or float32; page_table [sequences, pages] int32: token t of sequence s at position p
     goes to page_table[s, p // 64], slot p % 64. float16 pages: rounded to nearest even, saturated at 65504.
+    apart: no two tokens are of one sequence, so that none needs another's key: a device may make use of it.
     """
 
 

@@ -9,6 +9,7 @@ import pytest
 import reference
 from conftest import open_machine
 from machine import Machine, assert_within, normal
+from numpy.testing import assert_array_equal
 
 from numbainfer.quantization import QuantizedMatrix, QuantizedRows, dequantize
 
@@ -229,4 +230,40 @@ def test_attention_of_a_batch(gpu: Machine, tokens: int, heads: int, kv_heads: i
     expected = reference.attention(q, keys, values, sequences, positions).reshape(tokens, width)
     bound = 2**-10 * reference.linear(abs(expected), abs(w))
     assert_within(gpu.get(out), reference.linear(expected, w), bound)
+    gpu.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [2, 5, 33, 64])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(14, 2, 64), (32, 2, 64), (16, 4, 128)])
+def test_rope_as_part_of_attention(
+    gpu: Machine, tokens: int, normed: bool, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """Tokens apart: attention turns queries and keys and stores these. The same as one after the other."""
+    rng, width = np.random.default_rng(7), heads * head_dim
+    positions = rng.integers(0, 700, tokens).astype(np.int32)
+    positions[:2] = 0, 699
+    table = gpu.put(rng.permutation(tokens * 11).astype(np.int32).reshape(tokens, 11))
+    pages = [rng.standard_normal((tokens * 11, kv_heads, 64, head_dim)).astype(np.float16) for _ in range(2)]
+    qkv = 2 * normal(8, tokens, (heads + 2 * kv_heads) * head_dim)
+    norms = [gpu.put(1 + 0.5 * normal(10 + i, head_dim)) if normed else None for i in range(2)]
+    angles = rng.uniform(0, 2 * np.pi, (700, head_dim // 2)).astype(np.float32)
+    cos, sin = gpu.put(np.cos(angles)), gpu.put(np.sin(angles))
+    matrix, _ = weights(gpu, 9, 96, width, 64)
+    indices = gpu.put(positions), gpu.put(np.arange(tokens, dtype=np.int32))
+    results = []
+    for apart in (False, True):
+        mixed, out = QuantizedRows.empty(gpu.ops.pool, tokens, width, 64, 2), gpu.out(tokens, 96)
+        device, k_pages, v_pages = gpu.put(qkv), *(gpu.put(p) for p in pages)
+        gpu.run("rope_and_store", device, heads, *norms, 1e-5, *indices, cos, sin, k_pages, v_pages, table, apart)
+        gpu.run("attention", device, heads, head_dim**-0.5, 0, *indices, k_pages, v_pages, table, mixed)
+        gpu.run("linear", mixed, matrix, None, None, out)
+        results.append([gpu.get(array).astype(np.float64) for array in (out, k_pages, v_pages, device)])
+    (expected, keys, values, turned), (actual, own_keys, own_values, untouched) = results
+    assert_array_equal(untouched, qkv)
+    assert (turned != qkv).any()
+    assert_array_equal(own_values, values)
+    assert_within(own_keys, keys, 2**-10 * abs(keys) + 1e-4)
+    assert_within(actual, expected, 2**-9 * abs(expected).max())
     gpu.close()

@@ -105,6 +105,7 @@ def rope_and_store(
     k_pages: np.ndarray,
     v_pages: np.ndarray,
     page_table: np.ndarray,
+    apart: bool = False,
 ) -> None:
     """See registry.rope_and_store. A task is a token."""
     kv_heads, head_dim = check_pages(qkv, heads, k_pages, v_pages)

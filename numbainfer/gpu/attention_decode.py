@@ -5,7 +5,7 @@ key that is read. Its warps take 16 keys in turn (attention_core.py) and merge a
 token to finish merges the parts. How many parts have keys is read on the device: a captured program serves every
 length.
 
-With one token in the step the kernel also does what rope_and_store does, in front (`fused`).
+Where no token needs another's key the kernel also does what rope_and_store does, in front (`fused`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from numbainfer.gpu.rope import PAGE, PAGE_BITS, HeldRope, put_f16
 
 WARPS = 8
 THREADS = 32 * WARPS
-FORMS = ((True, False), (False, False), (False, True))  # fused, halves
+FORMS = ((True, False), (True, True), (False, False), (False, True))  # fused, halves
 
 
 @device_function
@@ -110,8 +110,8 @@ def _decode(head_dim: int, shared: int, fused: bool, halves: bool):
             wait_for_previous_kernel()
             let_next_kernel_start()
 
-        # Fused, only the step's own key comes from the kernel before. The others, the positions and the page table are
-        # from kernels before that one, which are complete: it let this one start after its own wait.
+        # Fused, only a token's own key comes from the kernel before. The others, the positions and the page table are
+        # from before this step.
         position = positions[token]
         table = advance(page_table, sequences[token] * pages_per_sequence)
         lowest = max(int32(0), int32(position + 1 - window)) if window else int32(0)
@@ -245,7 +245,7 @@ def decode(
     page_table: DeviceArray,
     out: DeviceArray | HalfRows,
 ) -> None:
-    """Attention as registry.attention has it; with `rope`, what it does too."""
+    """Attention as registry.attention has it; with `rope`, of tokens apart, what it does too."""
     kv_heads, head_dim, tokens = k_pages.shape[1], k_pages.shape[3], qkv.shape[0]
     shared = heads_together(heads, kv_heads)
     units = heads // shared

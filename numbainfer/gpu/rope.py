@@ -144,7 +144,7 @@ def _rope_and_store(dtype: str):
 
 @dataclass
 class HeldRope(Held):
-    """rope_and_store of one token, not launched yet: the attention that follows may do it on the way."""
+    """rope_and_store of tokens apart, not launched yet: the attention that follows may do it on the way."""
 
     stream: Stream
     qkv: DeviceArray
@@ -188,8 +188,9 @@ def rope_and_store(
     k_pages: DeviceArray,
     v_pages: DeviceArray,
     page_table: DeviceArray,
+    apart: bool = False,
 ) -> None:
-    """See registry.rope_and_store. Of one token, attention may do it: it then leaves q as it was."""
+    """See registry.rope_and_store. Of tokens `apart`, attention may do it: it then leaves q as it was."""
     _, head_dim = check_pages(qkv, heads, k_pages, v_pages)
     if (q_norm is None) != (k_norm is None):
         raise ValueError("rope_and_store: q_norm and k_norm come together")
@@ -199,7 +200,7 @@ def rope_and_store(
     held = HeldRope(
         *(stream, qkv, heads, q_norm, k_norm, eps, positions, sequences, cos, sin, k_pages, v_pages, page_table)
     )
-    if qkv.shape[0] == 1:
+    if apart or qkv.shape[0] == 1:
         stream.hold(held)
     else:
         held.launch()
