@@ -91,9 +91,7 @@ def _last(value, limit):
     ("int8", 32, False, False),
     ("int8", 32, False, True),
     ("int8", 16, False, True),
-    ("float16", 256, True, False),
     ("float16", 128, False, False),
-    ("uint16", 128, True, False),
     ("uint16", 32, False, False),
 )
 def _linear(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
@@ -417,7 +415,8 @@ def linear_mma(
         kind, codes, scales, shift = "int8", weight.codes, weight.scales, weight.group.bit_length() - 1
     else:
         kind, codes, scales, shift = str(weight.data.dtype), weight.data, None, 0
-    plan = plan or choose(rows, columns, tokens, gated, multiprocessors, stream.gpu.capability == (9, 0))
+    paired = stream.gpu.capability == (9, 0) and kind == "int8"
+    plan = plan or choose(rows, columns, tokens, gated, multiprocessors, paired)
     partial = counters = None
     if plan.splits > 1:
         partial = stream.scratch("partial", plan.tiles * plan.splits * CONSUMERS * plan.width // 2)
