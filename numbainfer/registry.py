@@ -115,7 +115,8 @@ def rope_and_store(
     q_norm, k_norm [d] or None; cos None: no RoPE in this layer. positions, sequences [T] int32. k_pages, v_pages
     [P, K, 64, d] float16 or float32; page_table [sequences, pages] int32: token t of sequence s at position p
     goes to page_table[s, p // 64], slot p % 64. float16 pages: rounded to nearest even, saturated at 65504.
-    apart: no two tokens are of one sequence, so that none needs another's key: a device may make use of it.
+    apart: no two tokens are of one sequence, so none needs another's key. A device may then leave it all, q's rotation
+    too, to the `attention` that has to follow.
     """
 
 

@@ -16,7 +16,8 @@ from numbainfer.quantization import QuantizedMatrix, QuantizedRows, dequantize
 pytest.importorskip("numba_cuda", reason="the gpu extra is not installed")
 
 from numbainfer.gpu.half_rows import HalfRows, pack, padded, unpack
-from numbainfer.gpu.mma_plan import choose
+from numbainfer.gpu.linear_mma import linear_mma
+from numbainfer.gpu.mma_plan import Plan, choose
 
 TOKENS = [5, 16, 17, 33, 64, 65, 130, 300]  # around the tiles of 16, 32, 64 and 128 tokens
 
@@ -266,4 +267,47 @@ def test_rope_as_part_of_attention(
     assert_array_equal(own_values, values)
     assert_within(own_keys, keys, 2**-10 * abs(keys) + 1e-4)
     assert_within(actual, expected, 2**-9 * abs(expected).max())
+    gpu.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"),
+    [(384, 192, 130), (384, 320, 600), (200, 576, 300), (640, 1088, 256), (16384, 192, 600)],
+)
+def test_clusters(gpu: Machine, rows: int, columns: int, tokens: int, width: int, splits: int, gated: bool) -> None:
+    """Tiles of either width by two blocks: an odd number of rows of tiles, parts of 1 to 17 blocks of columns, more of
+    them than the GPU has clusters."""
+    if gpu.ops.stream.gpu.capability != (9, 0):
+        pytest.skip("no clusters")
+    x, residual = normal(1, tokens, columns), normal(2, tokens, rows)
+    matrix, w = weights(gpu, 3, rows, columns, 64)
+    halves = HalfRows(gpu.put(pack(x, padded(tokens))), tokens, columns)
+    tiles = -(-rows // 256) * 2 * -(-tokens // width)
+    plan = Plan(width, True, splits, tiles)
+    product = reference.linear(x, w)
+    if gated:
+        hidden = HalfRows(gpu.put(pack(np.zeros((tokens, rows // 2)), padded(tokens), 64.0)), tokens, rows // 2, 64.0)
+        linear_mma(gpu.ops.stream, halves, matrix, None, None, hidden, plan)
+        data = HalfRows(gpu.get(hidden.data), tokens, rows // 2, 64.0)
+        expected = reference.swiglu(product[:, : rows // 2], product[:, rows // 2 :])
+        assert_within(unpack(data), expected, 4e-3 * abs(expected).max())
+    else:
+        out = gpu.out(tokens, rows)
+        linear_mma(gpu.ops.stream, halves, matrix, None, gpu.put(residual), out, plan)
+        bound = 2**-11 * (reference.linear(abs(x), abs(w)) + abs(residual))
+        assert_within(gpu.get(out), product + residual, bound)
+    gpu.close()
+
+
+@pytest.mark.gpu
+def test_plans_that_do_not_fit_are_refused(gpu: Machine) -> None:
+    """Wider tiles than there are rows for would read and write beyond them."""
+    matrix, _ = weights(gpu, 3, 256, 128, 64)
+    halves = HalfRows(gpu.put(pack(normal(1, 70, 128), 128)), 70, 128)
+    with pytest.raises(ValueError, match="need room for 256 tokens"):
+        linear_mma(gpu.ops.stream, halves, matrix, None, None, gpu.out(70, 256), Plan(256, True, 1, 2))
     gpu.close()

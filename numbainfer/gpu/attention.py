@@ -109,7 +109,7 @@ def attention(
     if out.shape != (tokens, width):
         raise ValueError(f"attention: {tokens} tokens of {heads} heads of {head_dim} do not give {out.shape}")
     held = stream.take_held()
-    if held is not None and not (isinstance(held, HeldRope) and held.qkv.pointer == qkv.pointer):
+    if held is not None and not (isinstance(held, HeldRope) and held.is_before(qkv, k_pages)):
         held.launch()
         held = None
     where = (positions, sequences, k_pages, v_pages, page_table)

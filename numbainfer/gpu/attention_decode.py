@@ -111,7 +111,7 @@ def _decode(head_dim: int, shared: int, fused: bool, halves: bool):
             let_next_kernel_start()
 
         # Fused, only a token's own key comes from the kernel before. The others, the positions and the page table are
-        # from before this step.
+        # from before this step, which began with a copy or a graph's launch: both wait for all that was queued.
         position = positions[token]
         table = advance(page_table, sequences[token] * pages_per_sequence)
         lowest = max(int32(0), int32(position + 1 - window)) if window else int32(0)

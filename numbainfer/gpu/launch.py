@@ -5,7 +5,8 @@ then replays with one call. All work of a device is queued on one stream, in ord
 
 Kernels are launched as dependents (`programmatic stream serialization`): the next one's blocks may start while the
 last one's finish, up to their `wait_for_previous_kernel()`. Every kernel calls that before it touches what other
-kernels write or read, but for those that are launched `together`, which start when the ones before are complete.
+kernels write or read, but for those that are launched `together`, which start when the ones before are complete,
+and for what was written before the program began (attention_decode.py reads keys that early).
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ the registers where the tensor cores want them, 16 columns of a row to a thread,
 shared memory, brought by a warp that does nothing else. On sm_90 the products are `wgmma` (64 rows, a warpgroup,
 running while the next weights are widened), elsewhere `mma.sync`; the numbers lie in the same registers either way.
 
-A block has two warpgroups, of 64 rows each, and takes tiles of the result in turn. For prompts on sm_90 two blocks form
-a cluster: neighbouring tiles of rows by the same 256 tokens, of which each block brings half to both. What limits these
-products is how much comes from the second-level cache, and how long widening takes: so that tiles are as wide
-as registers allow, and one product runs while the weights of the next are widened. Where there are fewer
+A block has two warpgroups, of 64 rows each, and takes tiles of the result in turn. For prompts of int8 models on sm_90
+two blocks form a cluster: neighbouring tiles of rows by the same 128 or 256 tokens, of which each block brings half to
+both. What limits these products is how much comes from the second-level cache, and how long widening takes: so tiles
+are as wide as registers allow, and one product runs while the weights of the next are widened. Where there are fewer
 tiles than multiprocessors, the columns are split among `splits` blocks; the last to finish adds up what all left in
 memory, in order, so that results do not change from run to run.
 
@@ -417,6 +417,11 @@ def linear_mma(
         kind, codes, scales, shift = str(weight.data.dtype), weight.data, None, 0
     paired = stream.gpu.capability == (9, 0) and kind == "int8"
     plan = plan or choose(rows, columns, tokens, gated, multiprocessors, paired)
+    needed = -(-tokens // plan.width) * plan.width  # rows: tiles are brought, and gated ones written, as a whole
+    if min(x.rows, out.rows if isinstance(out, HalfRows) else x.rows) < needed:
+        raise ValueError(f"linear: tiles of {plan.width} need room for {needed} tokens")
+    if plan.width > NARROW and not (norm is None and x.squares is None):
+        raise ValueError(f"linear: no norm is part of a product of {plan.width} tokens a tile")
     partial = counters = None
     if plan.splits > 1:
         partial = stream.scratch("partial", plan.tiles * plan.splits * CONSUMERS * plan.width // 2)

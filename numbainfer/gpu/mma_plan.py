@@ -46,13 +46,15 @@ class Costs:
 
 
 COSTS = {128: Costs(1.0, 8.0, 4.0), 256: Costs(1.7, 12.0, 8.0)}
-"""By the width of tiles. Measured on an H100: 12 shapes of three models, 1 to 16 parts, 32 and 128 to 2,048 tokens."""
 NARROW_COSTS = Costs(1.0, 11.3, 0.9)
+"""By the width of tiles, and of less than 128 tokens. Measured on an H100: 12 shapes of three models, 1 to 16 parts, 32
+and 128 to 2,048 tokens. Plans of clusters are 0.4% from the best on average, of single blocks for 128 tokens 1.2%."""
 
 
 @cache
 def choose(rows: int, columns: int, tokens: int, gated: bool, multiprocessors: int, paired: bool) -> Plan:
-    """The plan that should take least time. paired: clusters are possible (sm_90)."""
+    """The plan that should take least time. paired: clusters are possible (int8 weights on
+    sm_90)."""
     narrow = next((w for w in (16, 32, 64, 128) if tokens <= w), 128)
     blocks = -(-columns // BLOCK)
     best: tuple[float, Plan] | None = None

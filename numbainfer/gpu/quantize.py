@@ -181,7 +181,7 @@ def as_halves(stream: Stream, held: Held | None, x: QuantizedRows) -> HalfRows:
     mine = isinstance(held, HeldActivations) and held.out.codes.pointer == x.codes.pointer
     if held is not None and not mine:
         held.launch()
-    if x.halves is None:
+    if mine or x.halves is None:
         factor = held.factor if isinstance(held, HeldActivations) and mine else 1.0
         halves = scratch_halves(stream, f"halves of {x.codes.pointer}", x.tokens, x.width, factor)
         if isinstance(held, HeldActivations) and mine:

@@ -160,6 +160,11 @@ class HeldRope(Held):
     v_pages: DeviceArray
     page_table: DeviceArray
 
+    def is_before(self, qkv: DeviceArray, k_pages: DeviceArray) -> bool:
+        """Whether it is that of this attention."""
+        same = self.qkv.pointer == qkv.pointer and self.qkv.shape == qkv.shape
+        return same and self.k_pages.pointer == k_pages.pointer
+
     def launch(self) -> None:
         """rope_and_store by itself."""
         _, kv_heads, _, head_dim = self.k_pages.shape
