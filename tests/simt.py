@@ -8,7 +8,7 @@ once. Integers are Python's, cut where a kernel says int32 or int64, as Numba ha
 Fragments of matrices (fragments.py, products.py) are computed as they are emitted, for a warp at once: with `mma.sync`.
 
 Kernels run block after block, or `together` where blocks wait for each other. With an `order`, a number, warps proceed
-and bulk copies arrive at random speeds, the same ones for the same number: what lacks a barrier shows in some order.
+and copies arrive at random speeds, the same ones for the same number: what lacks a barrier shows in some order.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,7 @@ class Thread:
     def __init__(self, block: Block, warp: Warp, index: int) -> None:
         self.block, self.warp, self.index, self.lane = block, warp, index, index % 32
         self.place = _Dimensions(index)
+        self.copies: list[list[tuple[int, bytes]]] = [[]]  # by groups, the last one open: what has not come yet
         self.steps: Steps
 
     def where(self) -> str:
@@ -310,10 +312,19 @@ class _Shared:
         return _here.block.arrays.setdefault(place, np.full(shape, np.nan).astype(kind))
 
 
+def _atomic(choose: Callable) -> Callable:
+    """Of a shared array's element; nobody takes what stood there."""
+
+    def change(values: Any, i: Any, value: Any) -> None:
+        values[i] = choose(values[i], value)
+
+    return change
+
+
 class _Cuda:
     """What kernels take from numba.cuda."""
 
-    shared = _Shared
+    shared, atomic = _Shared, SimpleNamespace(min=_atomic(min), max=_atomic(max))
     threadIdx = property(lambda self: _here.place)  # noqa: N815
     blockIdx = property(lambda self: _here.block.index)  # noqa: N815
     gridDim = property(lambda self: _here.block.grid)  # noqa: N815
@@ -440,11 +451,27 @@ def _fetch_add(address: int, amount: Any) -> int:
 
 
 def _copy_async(count: int) -> Callable:
-    def copy(to: Any, source: int) -> None:
-        at = _check(to, count)
-        _here.block.memory[at : at + count] = ctypes.string_at(_world.inside(source, count), count)
+    """Copies so many bytes, or fewer and zeros: with an `order`, some only when they are waited for."""
+
+    def copy(to: Any, source: int, size: Any = count) -> None:
+        at, memory = _check(to, count), _here.block.memory
+        data = ctypes.string_at(_world.inside(source, count), int(size)).ljust(count, b"\0")
+        if _world.dice is None or _world.dice.random() < 0.5:
+            memory[at : at + count] = data
+        else:
+            _here.copies[-1].append((at, data))
 
     return copy
+
+
+def _wait_for_copies(groups: int) -> Callable:
+    def wait() -> None:
+        """Until at most `groups` closed groups of copies are under way."""
+        while len(_here.copies) > groups + 1:
+            for at, data in _here.copies.pop(0):
+                _here.block.memory[at : at + len(data)] = data
+
+    return wait
 
 
 # --- arithmetic --------------------------------------------------------------------------------------------------
@@ -513,6 +540,7 @@ _INSTRUCTIONS: dict[str, Callable] = {
     "store_f32x4": _store(_f32, 4),
     "store_i32": _store(_i32),
     "store_i32x4": _store(_i32, 4),
+    "load_f32x2": _global(_f32, 2),
     "load_f32x4": _global(_f32, 4),
     "load_i32x4": _global(_i32, 4),
     "load_constant_f32": _global(_f32),
@@ -535,8 +563,9 @@ _INSTRUCTIONS: dict[str, Callable] = {
     "shared_store_f32x4": _shared_store_floats,
     "shared_store_i32x4": _shared_store_words,
     "copy_async_16": _copy_async(16),
+    "copy_async_16_or_zeros": _copy_async(16),
     "copy_async_4": _copy_async(4),
-    "copy_async_commit": lambda: None,
+    "copy_async_commit": lambda: _here.copies.append([]),
     "dp4a": _dp4a,
     "multiply_16x8x16": _multiply_16x8x16,
     "permute": _permute,
@@ -576,13 +605,13 @@ _INSTRUCTIONS: dict[str, Callable] = {
 
 
 class _Numbers(np.ndarray):
-    """Of 32 lanes, in place of a value of the compiler's."""
+    """Of some lanes, in place of a value of the compiler's."""
 
     type = ir.IntType(32)  # nobody looks at it
 
 
 def _value(operand: Any) -> Any:
-    """Of an operand of an emitted instruction: 32 lanes' numbers, or a constant."""
+    """Of an operand of an emitted instruction: a number of each lane, or a constant."""
     return operand.constant if isinstance(operand, ir.Constant) else operand
 
 
@@ -591,7 +620,7 @@ def _of_values(operation: Callable) -> Callable:
 
 
 class _Lanes:
-    """In place of the compiler's builder: computes what is emitted, for the 32 lanes of a warp."""
+    """In place of the compiler's builder: computes what is emitted, for some lanes of a warp."""
 
     fmul, fadd, fsub = (_of_values(operation) for operation in (np.multiply, np.add, np.subtract))
     mul, add, sub, and_, or_, xor, shl, lshr = (
@@ -602,23 +631,32 @@ class _Lanes:
         )
     )
 
+    select = _of_values(lambda condition, a, b: np.where(condition, a, b).view(_Numbers))
+
+    def icmp_signed(self, relation: str, a: Any, b: Any) -> Any:
+        return {">=": np.greater_equal, "<=": np.less_equal}[relation](_value(a), _value(b))
+
+    def zext(self, value: Any, kind: Any) -> Any:
+        return value
+
     def extract_value(self, values: Any, i: int) -> Any:
         return values[i]
 
     def call(self, function: Any, operands: list, attrs: Any) -> Any:
-        """An inline assembly."""
+        """An inline assembly; one with an offset to an address has that as its first operand."""
         name = next(name for name in _ASSEMBLY if name in function.asm)
+        first, *others = map(_value, operands)
         offset = re.search(r"\[\$\d\+(\d+)\]", function.asm)
-        out = _ASSEMBLY[name](*map(_value, operands), *([int(offset[1])] if offset else []))
+        out = _ASSEMBLY[name](first + int(offset[1]) if offset else first, *others)
         return None if out is None else np.asarray(out).view(_Numbers)
 
 
 def _each_lane(function: Callable) -> Callable:
     """Of each lane, whose function may return several numbers."""
 
-    def of_lanes(address: Any, *operands: Any) -> Any:
-        lanes = [np.broadcast_to(operand, 32).tolist() for operand in operands]
-        found = [function(*each) for each in zip(np.broadcast_to(address, 32).tolist(), *lanes, strict=True)]
+    def of_lanes(*operands: Any) -> Any:
+        lanes = [values.tolist() for values in np.broadcast_arrays(*operands)]
+        found = [function(*each) for each in zip(*lanes, strict=True)]
         return np.array(found, np.float32).T if found[0] is not None else None
 
     return of_lanes
@@ -628,7 +666,13 @@ def _load_matrices(address: Any) -> list:
     """ldmatrix: lane 8m + i has the address of row i of matrix m, of which a row's word t goes to lane 4i + t."""
     at = np.asarray(address).reshape(4, 8, 1) + 4 * np.arange(4)
     assert not (at[..., 0] % 16).any(), "misaligned"
-    return list(np.array(_here.block.words, np.int64)[at >> 2].reshape(4, 32))
+    return list(np.asarray(_here.block.words)[at >> 2].astype(np.int64).reshape(4, 32))
+
+
+def _load_transposed(address: Any) -> list:
+    """The same of each matrix's transpose."""
+    halves = np.array(_load_matrices(address), np.int32).view(np.float16).reshape(4, 8, 8)
+    return list(halves.transpose(0, 2, 1).copy().view(np.int32).astype(np.int64).reshape(4, 32))
 
 
 def _multiply_tiles(*operands: Any) -> np.ndarray:
@@ -642,21 +686,28 @@ def _multiply_tiles(*operands: Any) -> np.ndarray:
     return (c + product).astype(np.float32).reshape(4, 32)
 
 
-def _to_half(value: Any) -> np.ndarray:
-    return np.clip(value, -65504, 65504).astype(np.float16).view(np.uint16)
+def _to_half(*values: Any) -> np.ndarray:
+    """The bits of a number as float16, or of two, the first in the lower half."""
+    halves = [np.clip(value, -65504, 65504).astype(np.float16).view(np.uint16) for value in values]
+    return halves[0] if len(halves) == 1 else np.stack(halves, -1).view(np.int32)[..., 0]
 
 
 _ASSEMBLY: dict[str, Callable] = {
     "ldmatrix.sync.aligned.m8n8.x4.shared": _load_matrices,
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared": _load_transposed,
     "mma.sync.aligned.m16n8k16": _multiply_tiles,
-    "ld.shared.v2.f32": _each_lane(lambda at, offset: _here.block.floats[(n := _check(at + offset, 8) >> 2) : n + 2]),
-    "st.shared.f32": _each_lane(lambda at, value, offset: _shared_store_floats(at + offset, value)),
-    "st.shared.b16": _each_lane(lambda at, bits, offset: _shared_store_half(at + offset, bits)),
+    "ld.shared.v2.f32": _each_lane(lambda at: _here.block.floats[(n := _check(at, 8) >> 2) : n + 2]),
+    "st.shared.f32": _each_lane(_shared_store_floats),
+    "st.shared.b16": _each_lane(_shared_store_half),
     "ld.global.cg.v4.f32": _each_lane(_global(_f32, 4)),
     "st.global.v4.f32": _each_lane(_store(_f32, 4)),
+    "st.global.v2.f32": _each_lane(_store(_f32, 2)),
+    "st.global.b32": _each_lane(_store(_i32)),
+    "max.f32 $0": np.maximum,
     "ex2.approx": np.exp2,
     "rcp.approx": np.reciprocal,
     "cvt.rn.f16.f32": _to_half,
+    "cvt.rn.f16x2.f32": _to_half,
 }
 
 
@@ -667,7 +718,7 @@ def _lanes_of(kind: Any, values: tuple) -> Any:
     return np.array(values, np.float32 if kind is types.float32 else np.int64).view(_Numbers)
 
 
-def _of_warp(body: Callable, arguments: tuple, lanes: list) -> list:
+def _of_lanes(body: Callable, arguments: tuple, lanes: list) -> list:
     """What a function of fragments returns, in each lane."""
     target, ptx.target = ptx.target, (8, 0)
     try:
@@ -675,18 +726,28 @@ def _of_warp(body: Callable, arguments: tuple, lanes: list) -> list:
     finally:
         ptx.target = target
     if not isinstance(out, list):
-        return [None] * 32 if out is None else list(out)
-    return list(zip(*(np.broadcast_to(np.asarray(_value(each), np.float32), 32) for each in out), strict=True))
+        return [None] * len(lanes) if out is None else list(out)
+    return list(zip(*(np.broadcast_to(_as_number(each), len(lanes)) for each in out), strict=True))
 
 
-def _fragments(body: Callable, arguments: tuple) -> Callable:
+def _as_number(value: Any) -> np.ndarray:
+    """Of a lane or several: floats of 32 bits, also constants."""
+    values = np.asarray(_value(value))
+    return values.astype(np.float32) if values.dtype.kind == "f" else values
+
+
+def _fragments(body: Callable, arguments: tuple, result: Any) -> Callable:
     def function(*values: Any) -> Steps:
         lanes = yield from _exchange(values)
         if len(lanes) == 32:  # who is first computes it for all
-            lanes.append(_of_warp(body, arguments, list(lanes)))
+            lanes.append(_of_lanes(body, arguments, list(lanes)))
         return lanes[32][_here.lane]
 
-    return function
+    def store(*values: Any) -> None:
+        """A lane by itself: others of its warp may have nothing to store."""
+        _of_lanes(body, arguments, [values])
+
+    return store if result == types.void else function
 
 
 # --- from a kernel to generators ---------------------------------------------------------------------------------
@@ -701,12 +762,14 @@ def _emulated(value: Any, made: dict[int, Any]) -> Any:
     name = getattr(value, "__name__", "")
     if name in _INSTRUCTIONS and value in (getattr(ptx, name, None), getattr(pipeline, name, None)):
         return _INSTRUCTIONS[name]
-    if name in ("wait", "dealt") and not hasattr(value, "py_func"):
-        return lambda: None  # of copies, which are done at once; registers
     codegen = value._defn.__globals__.get("codegen") if hasattr(value, "_defn") else None
     emitted = inspect.getclosurevars(codegen).nonlocals if codegen else {}
+    if name == "wait" and "text" in emitted:
+        return _wait_for_copies(int(re.search(r"wait_group (\d+)", emitted["text"])[1]))
+    if name == "dealt" and "text" in emitted:
+        return lambda: None  # registers
     if "body" in emitted:  # over_fragment made it
-        return _fragments(emitted["body"], emitted["arguments"])
+        return _fragments(emitted["body"], emitted["arguments"], emitted["result"])
     function = getattr(value, "py_func", None)
     if function is None:
         return value

@@ -55,7 +55,7 @@ def test_rope(machine: Machine, tokens: int, heads: int, head_dim: int, size: in
 class Cache:
     """Pages in a shuffled order, poisoned, for a step's sequences."""
 
-    def __init__(self, machine: Machine, step: list[tuple[int, int]], kv_heads: int, head_dim: int, dtype: str) -> None:
+    def __init__(self, step: list[tuple[int, int]], kv_heads: int, head_dim: int, dtype: str) -> None:
         self.sequences, self.positions = np.array(step, np.int32).T.copy()
         self.count = int(self.sequences.max()) + 1
         per_sequence = int(self.positions.max()) // PAGE + 1
@@ -67,12 +67,21 @@ class Cache:
         """Indices of [page, kv_head, slot] that give [T, kv_heads, d]."""
         return self.table[sequences, positions // PAGE], slice(None), positions % PAGE
 
-    def filled(self, history: list[np.ndarray], seen: list[int] | None = None) -> np.ndarray:
-        """Pages that hold history[s] [length, kv_heads, d] of each sequence, from the page of position seen[s] on; all
+    def seen(self, window: int) -> list[range]:
+        """The positions that the tokens of each sequence see."""
+        found = []
+        for s in range(self.count):
+            positions = self.positions[self.sequences == s]
+            first = int(positions.min(initial=999)) + 1 - window if window else 0
+            found.append(range(max(0, first), int(positions.max(initial=0)) + 1))
+        return found
+
+    def filled(self, history: list[np.ndarray], seen: list[range] | None = None) -> np.ndarray:
+        """Pages that hold history[s] [length, kv_heads, d] of each sequence, from the page where seen[s] starts on; all
         other slots stay poisoned."""
         pages = self.empty.copy()
         for s, rows in enumerate(history):
-            positions = np.arange(seen[s] // PAGE * PAGE if seen else 0, len(rows))
+            positions = np.arange(seen[s].start // PAGE * PAGE if seen else 0, len(rows))
             pages[self.slots(np.full(len(positions), s), positions)] = rows[positions]
         return pages
 
@@ -108,19 +117,15 @@ def check_attention(
     machine: Machine, heads: int, kv_heads: int, head_dim: int, step: list, dtype: str, window: int = 0
 ) -> None:
     """The operator against the reference. Pages that no token of a sequence sees stay poisoned."""
-    cache = Cache(machine, step, kv_heads, head_dim, dtype)
-    lengths = [int(cache.positions[cache.sequences == s].max(initial=0)) + 1 for s in range(cache.count)]
+    cache = Cache(step, kv_heads, head_dim, dtype)
+    seen = cache.seen(window)
     rng = np.random.default_rng(head_dim)
     # rounded to the cache's type first, so that the reference sees the same keys and values
-    keys, values = ([rng.standard_normal((n, kv_heads, head_dim)).astype(dtype) for n in lengths] for _ in range(2))
+    keys, values = ([rng.standard_normal((r.stop, kv_heads, head_dim)).astype(dtype) for r in seen] for _ in range(2))
     tokens, width = len(cache.positions), heads * head_dim
     qkv = poison((tokens, (heads + 2 * kv_heads) * head_dim), np.float32)  # only q's columns are read
     qkv[:, :width] = 2 * normal(25, tokens, width)
     scale = 1 / np.sqrt(head_dim)
-    seen = [0] * cache.count  # the first position of each sequence that a token sees
-    if window:
-        oldest = [cache.positions[cache.sequences == s].min(initial=999) + 1 - window for s in range(cache.count)]
-        seen = [max(0, int(position)) for position in oldest]
     arguments = (
         *(machine.put(qkv), heads, scale, window, machine.put(cache.positions), machine.put(cache.sequences)),
         *(machine.put(cache.filled(keys, seen)), machine.put(cache.filled(values, seen)), machine.put(cache.table)),
@@ -144,7 +149,7 @@ def check_attention(
 
 def test_attention_with_scores_far_apart(machine: Machine) -> None:
     """One key wins by more than float32's e^x reaches, on the last page or the first: its value comes out."""
-    cache = Cache(machine, [(0, 129), (1, 129)], 1, 16, "float32")
+    cache = Cache([(0, 129), (1, 129)], 1, 16, "float32")
     q = np.zeros((2, 48), np.float32)
     q[:, 0] = 1000
     keys = [np.zeros((130, 1, 16), np.float32) for _ in range(2)]
@@ -162,7 +167,7 @@ def test_attention_with_scores_far_apart(machine: Machine) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
 def test_rope_and_store(machine: Machine, heads: int, kv_heads: int, head_dim: int, form: str, dtype: str) -> None:
     step = [*STEPS["page boundaries in one batch"], *((7, p) for p in (66, 61, 63, 64, 62, 65))]
-    cache = Cache(machine, step, kv_heads, head_dim, dtype)
+    cache = Cache(step, kv_heads, head_dim, dtype)
     tokens, all_heads = len(step), heads + 2 * kv_heads
     qkv = normal(26, tokens, all_heads * head_dim)
     size = {"rope": head_dim, "rope and norms": head_dim, "partial": head_dim // 4 * 2}.get(form, 0)
@@ -208,7 +213,7 @@ def test_float16_store_rounds_to_nearest_even_and_saturates(machine: Machine) ->
     values = np.concatenate([values, -values, [65519, 65520, 1e6, 3e38, -65520, -3e38, np.inf, -np.inf]])
     values = np.concatenate([values, rng.uniform(-1, 1, -len(values) % 128)]).astype(np.float32)
     rows = values.reshape(-1, 1, 128)
-    cache = Cache(machine, [(0, p) for p in range(len(rows))], 1, 128, "float16")
+    cache = Cache([(0, p) for p in range(len(rows))], 1, 128, "float16")
     qkv = np.repeat(rows, 3, axis=1).reshape(len(rows), 384)
     pages = [machine.put(cache.empty), machine.put(cache.empty)]
     indices = [machine.put(a) for a in (cache.positions, cache.sequences)]

@@ -12,13 +12,15 @@ pytest.importorskip("numba_cuda", reason="the gpu extra is not installed")
 
 import reference
 import simt
-from machine import assert_within, normal
+from machine import assert_within, normal, poison
 from numba import cuda
 from numpy import float32, int32
 from simt import Array
+from test_attention import Cache
 
 from numbainfer.gpu.attention_core import Layout, make_core
 from numbainfer.gpu.attention_decode import WARPS, _decode
+from numbainfer.gpu.attention_prefill import attention_prefill
 from numbainfer.gpu.compile import Kernel, kernel
 from numbainfer.gpu.elementwise import rmsnorm, swiglu
 from numbainfer.gpu.half_rows import HalfRows, pack, unpack
@@ -278,3 +280,52 @@ def test_norm_alone() -> None:
     assert_within(residual, 2 * once - x, 2 * bound)
     values = reference.rmsnorm(residual, weight, 1e-5)
     assert_within(out, reference.linear(values, w), 2e-3 * reference.linear(abs(values), abs(w)))
+
+
+def tokens_of(*runs: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """(sequence, position) of the tokens of runs: a sequence, its first position, the one behind its last."""
+    return [(sequence, position) for sequence, first, end in runs for position in range(first, end)]
+
+
+PROMPT = tokens_of((0, 30, 100))  # after some cached tokens
+BATCH = tokens_of((0, 126, 131), (1, 0, 12), (2, 64, 65), (0, 131, 133))  # a sequence comes again
+
+
+@pytest.mark.parametrize("form", ["floats", "halves"])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "step", "window", "order"),
+    [
+        (64, 4, 2, PROMPT, 0, None),
+        (64, 3, 1, BATCH, 0, 1),
+        (64, 2, 1, tokens_of((0, 110, 140), (1, 200, 207)), 50, 2),
+        (128, 2, 1, tokens_of((0, 130, 160)), 70, 3),
+        (128, 3, 3, BATCH, 0, None),
+        (72, 2, 1, PROMPT, 0, None),
+        (72, 5, 1, BATCH, 7, 4),
+        (256, 2, 1, BATCH, 0, None),
+    ],
+)
+def test_attention_of_prompts(
+    head_dim: int, heads: int, kv_heads: int, step: list, window: int, order: int | None, form: str
+) -> None:
+    """Pages that no token sees are poisoned, as is what stays unwritten: the rows beyond the tokens."""
+    cache, tokens, width = Cache(step, kv_heads, head_dim, "float16"), len(step), heads * head_dim
+    seen, rng = cache.seen(window), np.random.default_rng(head_dim)
+    keys, values = (
+        [rng.standard_normal((r.stop, kv_heads, head_dim)).astype(np.float16) for r in seen] for _ in range(2)
+    )
+    qkv = poison((tokens, (heads + 2 * kv_heads) * head_dim), np.float32)  # only the queries are read
+    qkv[:, :width] = 2 * normal(1, tokens, width)
+    out = poison((tokens + 3, width), np.float32)
+    rows = HalfRows(poison((-(-width // 64), 128, 64), np.uint16), tokens, width)
+    attention_prefill(
+        *(Emulated(2, order), qkv, heads, head_dim**-0.5, window, cache.positions, cache.sequences),
+        *(cache.filled(keys, seen), cache.filled(values, seen), cache.table, rows if form == "halves" else out),
+    )
+    q = qkv[:, :width].reshape(tokens, heads, head_dim)
+    expected = reference.attention(q, keys, values, cache.sequences, cache.positions, window=window)
+    if form == "halves":
+        out = unpack(HalfRows(rows.data, 128, 64 * len(rows.data)))
+    # queries and weights are float16
+    assert_within(out[:tokens, :width], expected.reshape(tokens, width), 4e-3)
+    assert np.isfinite(out).sum() == expected.size
