@@ -15,7 +15,7 @@ import simt
 from machine import assert_within, normal, poison
 from numba import cuda
 from numpy import float32, int32
-from simt import Array
+from simt_world import Array
 from test_attention import Cache
 
 from numbainfer.gpu.attention_core import Layout, make_core

@@ -19,7 +19,7 @@ from building import Checkpoints, build_model, difference, source_weights
 from conftest import operators
 from numba import cuda
 from numpy import int32, int64
-from simt import Array
+from simt_world import Array
 from tiny_models import TOKEN_CONFIGS
 
 from numbainfer.gpu.compile import kernel
