@@ -269,17 +269,18 @@ class Model:
 
     def program(self, T: int, rows: int, apart: bool) -> Any:
         """The captured step of T tokens, with so many rows of logits, or GREEDY. apart: each of another sequence."""
-        program = self._programs.get((T, rows, apart))
+        key = T, rows, apart
+        program = self._programs.get(key)
         if program is None:
             with self.ops.stream.capture() as program:
                 history = None
                 if rows == GREEDY:
                     history, self._chosen[T] = self.ops.backend.shared_array(self.ops.stream, (2 * AHEAD, T), np.int32)
                 self._launch(T, T if rows == GREEDY else rows, apart, history)
-            self._programs[T, rows, apart] = program
+            self._programs[key] = program
             if len(self._programs) > _KEPT_PROGRAMS:
                 self._programs.popitem(last=False)
-        self._programs.move_to_end((T, rows, apart))
+        self._programs.move_to_end(key)
         return program
 
     def _launch(self, T: int, rows: int, apart: bool, history: Any) -> None:

@@ -161,7 +161,7 @@ def make_store(width: int) -> Any:
                 to, add = to + step, add + step
         synchronize_threads(barrier, 128)
 
-    if width <= 64:
+    if narrow:
         return store_piece
 
     @device_function
