@@ -103,8 +103,8 @@ def mix(
     if mixture.shared_gate is None:
         ops.combine(values, places, weights, None, None, x, x)
         return
-    ops.linear(source, mixture.shared_gate_up, None, None, space.shared_gate_up[:T])
     hidden = input_of(mixture.shared_down, "shared_hidden", T)
+    ops.linear(source, mixture.shared_gate_up, None, None, space.shared_gate_up[:T])
     ops.swiglu(space.shared_gate_up[:T], hidden)
     ops.linear(hidden, mixture.shared_down, None, None, space.shared[:T])
     ops.linear(normed, mixture.shared_gate, None, None, space.shared_gate[:T])

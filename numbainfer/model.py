@@ -134,7 +134,15 @@ class Model:
         self._gate_up = pool.empty((T, 2 * config.intermediate_size), np.float32)
         mixtures = any(layer.mixture for layer in self.layers)
         self._mixture_space = MixtureWorkspace(pool, config, T) if mixtures else None
+        # Made before any launch: a buffer made between two operators would part those that a device runs as one.
         self._inputs: dict[tuple, Any] = {}
+        for layer in self.layers:
+            self._input(layer.qkv, "attention_in", T)
+            self._input(layer.output, "attention_out", T)
+            if layer.mixture is None:
+                self._input(layer.gate_up, "mlp_in", T)
+                self._input(layer.down, "mlp_hidden", T)
+        self._input(self.head, "head_in", T)
         self._logits = pool.empty((len(self.cache.page_table), config.vocab_size), np.float32)  # a row per sequence
 
     def _input(self, matrix: AnyMatrix, role: str, tokens: int, most: int = 0) -> Any:
