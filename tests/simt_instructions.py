@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import itertools
 import struct
 from array import array
 from collections.abc import Callable
@@ -74,6 +75,12 @@ def _copy_bulk(to: Any, source: int, size: Any, barrier: Any) -> None:
         now.world.ready.append(thread)
 
 
+def _prefetch_bulk(source: int, size: Any) -> None:
+    assert int(source) % 16 == size % 16 == 0, "misaligned"
+    assert size > 0
+    now.world.inside(source, int(size))
+
+
 # --- numba.cuda --------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +131,10 @@ class Cuda:
     def shfl_xor_sync(self, mask: int, value: Any, step: int) -> Steps:
         lane = now.thread.lane ^ int(step)
         return (yield from exchange(value))[lane]
+
+    def all_sync(self, mask: int, value: Any) -> Steps:
+        lanes = yield from exchange(value)
+        return all(lanes)
 
     def shfl_sync(self, mask: int, value: Any, lane: int) -> Steps:
         return (yield from exchange(value))[int(lane) % 32]
@@ -256,6 +267,9 @@ _FLOATS = list(np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.floa
 _BYTES, _TWO_WORDS, _WORD, _FLOAT = struct.Struct("<8b"), struct.Struct("<2i"), struct.Struct("<i"), struct.Struct("<f")
 
 
+_CYCLES = itertools.count(0, 100)
+
+
 def _dp4a(a: Any, b: Any, c: Any) -> int:
     p, q, r, s, t, u, v, w = _BYTES.unpack(_TWO_WORDS.pack(a, b))
     return c + p * t + q * u + r * v + s * w
@@ -355,10 +369,13 @@ INSTRUCTIONS: dict[str, Callable] = {
     "as_float": lambda bits: np.float32(_FLOAT.unpack(_WORD.pack(bits))[0]),
     "as_int": lambda value: _WORD.unpack(_FLOAT.pack(value))[0],
     "round_to_int": lambda value: round(float(value)),
+    "larger": max,
     "exp2": lambda value: np.exp2(np.float32(value)),
     "reciprocal": lambda value: np.float32(1) / np.float32(value),
     "inverse_root": lambda value: np.float32(1) / np.sqrt(np.float32(value)),
+    "clock": lambda: next(_CYCLES),
     "divide": lambda a, b: int(a) // int(b),
+    "shift_right": lambda a, n: int(a) >> int(n),
     "fetch_add": _fetch_add,
     "wait_for_previous_kernel": lambda: None,
     "let_next_kernel_start": lambda: None,
@@ -370,6 +387,7 @@ INSTRUCTIONS: dict[str, Callable] = {
     "_try_wait": _wait,
     "expect_bytes": lambda barrier, size: counter_at(barrier).count(1, int(size)),
     "copy_bulk": _copy_bulk,
+    "prefetch_bulk": _prefetch_bulk,
     "fence_for_copies": lambda: None,
     "synchronize_threads": _synchronize_threads,
 }

@@ -40,6 +40,7 @@ class Emulated:
 
     def __init__(self, model: Model, blocks: int, order: int | None) -> None:
         self.gpu = SimpleNamespace(capability=(9, 0), multiprocessors=blocks, shared_memory=SHARED_MEMORY)
+        self.gpu.memory_rate = 12.8
         self.order, self.held = order, list[np.ndarray]()
         layers = [
             replace(layer, **{f.name: self._seen(getattr(layer, f.name)) for f in fields(layer)})
@@ -196,7 +197,9 @@ def test_plans_of_real_shapes(blocks: int) -> None:
             cuts = [cut(*shape, group, blocks, 16) for shape in zip(rows, (1, 1, 2, 1, 1), columns, strict=True)]
             shapes = [shape for shape in cuts if shape is not None]
             assert len(shapes) == 5
-            plan = make_plan(head_dim, heads // kv_heads, 2, hidden, group, shapes, blocks, 16, SHARED_MEMORY - 1024)
+            plan = make_plan(
+                head_dim, heads // kv_heads, 2, hidden, group, shapes, blocks, 16, SHARED_MEMORY - 1024, 12.8
+            )
             if plan is None:
                 assert inner > 18000
                 continue

@@ -49,6 +49,7 @@ class Gpu:
     multiprocessors: int
     shared_memory: int  # bytes that one block may have
     memory: int  # bytes
+    memory_rate: float  # bytes that memory has for each multiprocessor in a cycle of its clock, at most
     driver_version: str
     handle: Any
     context: Any
@@ -96,15 +97,20 @@ def open_gpu(index: int) -> Gpu:
     capability = (attribute("COMPUTE_CAPABILITY_MAJOR"), attribute("COMPUTE_CAPABILITY_MINOR"))
     if capability < MINIMUM_CAPABILITY:
         raise NumbaInferError(f"{name} has compute capability {capability[0]}.{capability[1]}, numbainfer needs 8.0")
+    multiprocessors = attribute("MULTIPROCESSOR_COUNT")
+    transferred = (
+        2 * attribute("MEMORY_CLOCK_RATE") * attribute("GLOBAL_MEMORY_BUS_WIDTH") // 8
+    )  # thousand bytes a second
     context = check(driver.cuDevicePrimaryCtxRetain(device))
     check(driver.cuCtxSetCurrent(context))
     return Gpu(
         index=index,
         name=name,
         capability=capability,
-        multiprocessors=attribute("MULTIPROCESSOR_COUNT"),
+        multiprocessors=multiprocessors,
         shared_memory=attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
         memory=check(driver.cuDeviceTotalMem(device)),
+        memory_rate=transferred / max(1, multiprocessors * attribute("CLOCK_RATE")),
         driver_version=shown,
         handle=device,
         context=context,

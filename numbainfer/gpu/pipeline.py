@@ -52,6 +52,15 @@ def _test_wait(barrier, parity):
     """sm_80: polls."""
 
 
+@instruction(
+    "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }",
+    *(i32, i32, i32),
+    minimum=(9, 0),
+)
+def barrier_passed(barrier, parity):
+    """1 if the phase of that parity is complete, else 0."""
+
+
 @instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", types.void, i32, i32, minimum=(9, 0))
 def expect_bytes(barrier, size):
     """One arrival, and the phase waits for `size` more bytes."""
@@ -64,6 +73,11 @@ def expect_bytes(barrier, size):
 )
 def copy_bulk(to, source, size, barrier):
     """Starts the copy of `size` bytes, a multiple of 16, which counts its bytes at the barrier."""
+
+
+@instruction("cp.async.bulk.prefetch.L2.global [$0], $1;", types.void, i64, i32, minimum=(9, 0))
+def prefetch_bulk(source, size):
+    """Starts to bring `size` bytes, a multiple of 16, to the second-level cache."""
 
 
 @instruction("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", types.void, i32)

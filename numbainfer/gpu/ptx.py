@@ -372,6 +372,11 @@ LOG2_E = float32(1.4426950408889634)
 """e^x = 2^(x * LOG2_E)"""
 
 
+@instruction("max.f32 $0, $1, $2;", f32, f32, f32, effects=False)
+def larger(a, b):
+    """The larger of two numbers that are none of them NaN, in one instruction."""
+
+
 @instruction("ex2.approx.ftz.f32 $0, $1;", f32, f32, effects=False)
 def exp2(value):
     """2^value, to 2 units in the last place."""
@@ -385,6 +390,11 @@ def reciprocal(value):
 @instruction("rsqrt.approx.ftz.f32 $0, $1;", f32, f32, effects=False)
 def inverse_root(value):
     """1 / sqrt(value), to 2 units in the last place."""
+
+
+@instruction("shr.s32 $0, $1, $2;", i32, i32, i32, effects=False)
+def shift_right(a, n):
+    """a >> n in 32 bits: Numba's own is of 64, and the compiler can narrow it only where n is a constant."""
 
 
 @instruction("div.u32 $0, $1, $2;", i32, i32, i32, effects=False)
@@ -459,6 +469,11 @@ def multiply_16x8x16(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
 @instruction("atom.add.acq_rel.gpu.global.u32 $0, [$1], $2;", i32, i64, i32)
 def fetch_add(address, amount):
     """Adds and returns what stood there; orders this thread's memory accesses around it."""
+
+
+@instruction("mov.u32 $0, %clock;", i32)
+def clock():
+    """The multiprocessor's cycles, modulo 2^32."""
 
 
 @instruction("griddepcontrol.wait;", types.void, minimum=(9, 0))

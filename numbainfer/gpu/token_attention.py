@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from numba import cuda
-from numpy import float32, int32, int64
+from numpy import float32, int32, int64, uint32
 
 from numbainfer.gpu.attention_core import KEYS, make_core
 from numbainfer.gpu.compile import device_function
@@ -36,14 +36,14 @@ from numbainfer.gpu.ptx import (
     shared_i64,
     shared_store_f32,
     shared_store_u16,
+    shift_right,
+    still,
     words_at,
 )
 from numbainfer.gpu.reduce import warp_max, warp_sum
 from numbainfer.gpu.rope import PAGE, PAGE_BITS, saturated
 from numbainfer.gpu.token_input import tagged
 from numbainfer.gpu.token_plan import K_PAGES, PAGES, Q_NORM, ROTATED, V_PAGES, WINDOW, Plan
-
-BATCH = 16  # parts that a thread merges at a time
 
 
 @device_function
@@ -71,6 +71,17 @@ def make_attention(plan: Plan) -> Any:
     head_shift = head_dim.bit_length() - 1
     width, words, per_lane = shared * head_dim, head_dim // 4, head_dim // 32
     at_once = warps * KEYS  # keys of the block
+    batch = 16 if head_dim == 64 else 8  # parts that a thread merges at a time: there are registers for it
+
+    @device_function
+    def pages_of(row):
+        """The keys and values of a layer, as its row of the table has them."""
+        return halves_at(shared_i64(row)), halves_at(shared_i64(int32(row + 8 * (V_PAGES - K_PAGES))))
+
+    @device_function
+    def table_of(memory):
+        """The sequence's row of the page table."""
+        return words_at(shared_i64(int32(memory + at_pages)))
 
     @device_function
     def await_head(v, source, tag, lane):
@@ -103,8 +114,9 @@ def make_attention(plan: Plan) -> Any:
     @device_function
     def merge(memory, values, statistics, place, active, mark, mixed, tag, thread, warp, lane):
         """Merges the parts' sums, those of the first at `place`, into the result at `mixed`."""
+        last = int32(active - 1)
         if warp < shared:
-            at = statistics + 16 * ((place + min(lane, active - 1)) * shared + warp)
+            at = statistics + 16 * int32((place + min(lane, last)) * shared + warp)
             while True:
                 top, total = peek_i64(at), peek_i64(at + 8)
                 if top >> 32 == mark and total >> 32 == mark:
@@ -117,64 +129,67 @@ def make_attention(plan: Plan) -> Any:
             if lane == 0:
                 shared_store_f32(memory + at_summary + 8 * warp + 4, weights)
         synchronize_threads(1, threads)
-        words = cuda.local.array(BATCH, int64)
+        words = cuda.local.array(batch, int64)
         i = thread
         while i < width:
-            h, value = i >> head_shift, float32(0)
+            h, value = int32(i >> head_shift), float32(0)
             p = int32(0)
             while p < active:
                 while True:
                     late = int64(0)
-                    for j in range(BATCH):
-                        words[j] = peek_i64(values + 8 * (int64(place + min(p + j, active - 1)) * width + i))
+                    for j in range(batch):
+                        words[j] = peek_i64(values + 8 * int32((place + min(int32(p + j), last)) * width + i))
                         late |= (words[j] >> 32) ^ mark
                     if late == 0:
                         break
-                for j in range(BATCH):
-                    factor = shared_f32(memory + at_tops + 4 * (32 * h + min(p + j, int32(31))))
-                    value += (factor if p + j < active else float32(0)) * as_float(int32(words[j]))
-                p = int32(p + BATCH)
+                for j in range(batch):
+                    factor = shared_f32(int32(memory + at_tops + 4 * (32 * h + min(int32(p + j), last))))
+                    value += (factor if int32(p + j) < active else float32(0)) * as_float(int32(words[j]))
+                p = int32(p + batch)
             value /= shared_f32(memory + at_summary + 8 * h + 4)
-            post_i32(mixed + 4 * (h * head_dim + dimension(i & (head_dim - 1))), tagged(value, tag))
-            i += threads
+            post_i32(mixed + 4 * int32(h * head_dim + dimension(i & (head_dim - 1))), tagged(value, tag))
+            i = int32(i + threads)
 
     @device_function
     def attention(
-        memory, layer, turn, position, block, thread, warp, lane, heads, kv_heads, units_per_key, scale, eps,
+        memory, entry, layer, block, thread, warp, lane, heads, kv_heads, units_per_key, scale, eps,
         half, parts_shift, qkv, mixed, part_values, part_statistics,
     ):  # fmt: skip
-        """layer: where the layer's row of the table continues in shared memory; turn: see token_kernel.py."""
-        unit, part = block >> parts_shift, block & ((int32(1) << parts_shift) - 1)
-        first_head, g = int32(unit * shared), divide(unit, units_per_key)
-        window = int32(shared_i64(layer + 8 * (WINDOW - K_PAGES)))
+        """entry: where the layer's row of the table continues in shared memory."""
+        position, turn = (
+            shared_i32(int32(memory + at_pages + 8)),
+            int32(shared_i32(int32(memory + at_pages + 12)) + layer),
+        )
+        unit, parts = shift_right(block, parts_shift), int32(int32(1) << parts_shift)
+        part, first_head, g = int32(block & int32(parts - 1)), int32(unit * shared), divide(unit, units_per_key)
+        window = shared_i32(int32(entry + 8 * (WINDOW - K_PAGES)))
         lowest = max(int32(0), int32(position + 1 - window)) if window else int32(0)
-        begin = lowest >> PAGE_BITS << PAGE_BITS
-        chunks = int32((position - begin + at_once - 1) // at_once)
-        per_part = max(
-            int32(2), (chunks + (int32(1) << parts_shift) - 1) >> parts_shift
-        )  # merging takes as long as one
-        active = max(int32(1), divide(chunks + per_part - 1, per_part))
+        begin = int32(lowest & int32(-PAGE))
+        chunks = int32(uint32(position - begin + at_once - 1) // uint32(at_once))
+        per_part = max(int32(2), shift_right(int32(chunks + parts - 1), parts_shift))  # merging takes as long as one
+        active = max(int32(1), divide(int32(chunks + per_part - 1), per_part))
         if first_head >= heads or part >= active:
             return
         start = int32(begin + part * per_part * at_once)
         end = min(int32(start + per_part * at_once), position)
-        k_address = shared_i64(layer)
-        v_address = shared_i64(layer + 8 * (V_PAGES - K_PAGES))
-        k_pages, v_pages = halves_at(k_address), halves_at(v_address)
-        table = words_at(shared_i64(int32(memory + at_pages)))
+        k_pages, v_pages = pages_of(entry)
         k, v = cuda.local.array(words, int32), cuda.local.array(words, int32)
         base = int32(start + KEYS * warp)
         if base < end:
-            number = base >> PAGE_BITS
-            page = shared_i32(int32(memory + at_pages + 16 + 4 * number)) if number < PAGES else table[number]
+            number = shift_right(base, int32(PAGE_BITS))
+            page = int32(0)
+            if number < PAGES:
+                page = shared_i32(int32(memory + at_pages + 16 + 4 * number))
+            else:
+                page = table_of(memory)[number]
             fetch_from(k, v, k_pages, v_pages, int32(page * kv_heads + g), base, end, lane)
         # Warps for the query heads, the key and the value; behind them some for the rows of zeros that tensor cores
         # take beside the queries.
-        tag, own = turn & int32(3), part == active - 1  # own: the block that sees the step's own key
+        tag, own = int32(turn & 3), part == int32(active - 1)  # own: the block that sees the step's own key
         v_own, weights = cuda.local.array(per_lane, float32), cuda.local.array(per_lane, float32)
         norm = int64(0)
         if warp <= shared:
-            norm = shared_i64(int32(layer + 8 * (Q_NORM - K_PAGES + (warp == shared))))
+            norm = shared_i64(int32(entry + 8 * (Q_NORM - K_PAGES + (warp == shared))))
         for j in range(per_lane):
             v_own[j] = float32(0)
             weights[j] = load_constant_f32(norm + 4 * (lane + 32 * j)) if norm != 0 else float32(0)
@@ -183,12 +198,12 @@ def make_attention(plan: Plan) -> Any:
             head = first_head + warp if warp < shared else heads + g if warp == shared else heads + kv_heads + g
             await_head(v_own, qkv + 4 * head_dim * int64(head), tag, lane)
             if warp <= shared:
-                rotated = shared_i64(int32(layer + 8 * (ROTATED - K_PAGES))) != 0
+                rotated = shared_i32(int32(entry + 8 * (ROTATED - K_PAGES))) != 0
                 turn_head(memory, v_own, norm, weights, eps, rotated, lane)
         synchronize_threads(1, threads)
         if warp < shared or (warp >= shared + 2 and warp < 10):
             # Where attention_core.Layout.queries has elements lane + 32 j.
-            word = lane >> 1
+            word = int32(lane >> 1)
             place = int32(((word & 2) << 3) + (word & 12) + 2 * (word & 1))
             row = warp if warp < shared else int32(warp - 2)
             to = int32(memory + at_queries + row_bytes * row + 4 * place + 2 * (lane & 1))
@@ -198,7 +213,8 @@ def make_attention(plan: Plan) -> Any:
                 shared_store_u16(int32(to + 128 * j), high)
                 shared_store_u16(int32(to + 128 * j + 4), float_to_half(value - half_to_float(high)))
         elif warp < shared + 2 and own:
-            own_page, in_page = int64(table[position >> PAGE_BITS]), position & (PAGE - 1)
+            k_pages, v_pages = pages_of(entry)  # once more: registers are for the keys meanwhile
+            own_page, in_page = int64(table_of(memory)[position >> PAGE_BITS]), position & (PAGE - 1)
             slot = ((own_page * kv_heads + g) * PAGE + in_page) * head_dim + lane
             for j in range(per_lane):
                 bits = float_to_half(saturated(v_own[j]))
@@ -210,9 +226,8 @@ def make_attention(plan: Plan) -> Any:
                 else:
                     v_pages[slot + 32 * j] = bits
         synchronize_threads(1, threads)
-        if base < end:
-            attend(memory + area, k, v, k_pages, v_pages, table, kv_heads, g, base, end, lowest, warp, lane)
-        pieces = min(int32((max(end - start, 0) + KEYS - 1) // KEYS), int32(warps))  # warps that saw keys
+        seen = max(int32(end - start), int32(0))
+        pieces = min(int32(uint32(seen + KEYS - 1) // uint32(KEYS)), int32(warps))  # warps that have keys
         if own:
             if warp < shared:
                 score = float32(0)
@@ -227,27 +242,32 @@ def make_attention(plan: Plan) -> Any:
                     shared_store_f32(int32(at + at_tops), score)
                     shared_store_f32(int32(at + at_totals), float32(1))
             pieces = int32(pieces + 1)
+        if base < end:
+            k_pages, v_pages = pages_of(entry)
+            attend(memory + area, k, v, k_pages, v_pages, table_of(memory), kv_heads, g, base, end, lowest, warp, lane)
         synchronize_threads(1, threads)
         if warp < shared:
             weigh(memory + area, pieces, warp, lane)
         synchronize_threads(1, threads)
 
-        place, mark = int32((unit << parts_shift) + part), (int64(turn) & int64(0x3FFFFFFF)) + 1
-        result = mixed + 4 * first_head * head_dim
+        # Once more: in registers meanwhile they would be in the keys' way.
+        place, turn = block, int32(shared_i32(int32(memory + at_pages + 12)) + layer)
+        tag, mark = int32(turn & 3), (int64(turn) & int64(0x3FFFFFFF)) + 1
+        result = mixed + 4 * head_dim * int64(shift_right(still(block), parts_shift) * shared)
         i = thread
         while i < width:
-            h, at = i >> head_shift, i & (head_dim - 1)
+            h, at = int32(i >> head_shift), int32(i & (head_dim - 1))
             value = element(memory + area, pieces, h, at)
             if active == 1:
                 value *= reciprocal(shared_f32(memory + at_summary + 8 * h + 4))
-                post_i32(result + 4 * (h * head_dim + dimension(at)), tagged(value, tag))
+                post_i32(result + 4 * int32(h * head_dim + dimension(at)), tagged(value, tag))
             else:
-                post_i64(part_values + 8 * (int64(place) * width + i), marked(value, mark))
-            i += threads
+                post_i64(part_values + 8 * int32(place * width + i), marked(value, mark))
+            i = int32(i + threads)
         if active > 1:
             if thread < 2 * shared:
                 total = shared_f32(memory + at_summary + 4 * thread)
-                post_i64(part_statistics + 8 * (place * 2 * shared + thread), marked(total, mark))
+                post_i64(part_statistics + 8 * int32(place * 2 * shared + thread), marked(total, mark))
             synchronize_threads(1, threads)
             if part == 0:
                 merge(memory, part_values, part_statistics, place, active, mark, result, tag, thread, warp, lane)

@@ -13,6 +13,7 @@ from numbainfer.gpu.ptx import (
     as_float,
     as_int,
     half_to_float,
+    larger,
     peek_i32,
     peek_i32x4,
     permute,
@@ -48,9 +49,9 @@ def make_input(plan: Plan) -> Input:
     @device_function
     def await_numbers(source, tag, width, v, thread):
         """This thread's quads of a vector in global memory, as soon as all have come."""
-        last = int32((width >> 2) - 1)
+        last = int32(int32(width >> 2) - 1)
         if thread < 32:  # a few of them at first, so as not to keep the memory busy; when they have come, so have most
-            sample = source + 4 * (((thread + 1) * width >> 5) - 1)
+            sample = source + 4 * int32(int32(int32((thread + 1) * width) >> 5) - 1)
             while (peek_i32(sample) ^ tag) & 3 != 0:
                 pass
         synchronize_threads(1, threads)
@@ -59,7 +60,7 @@ def make_input(plan: Plan) -> Input:
             late = int32(0)
             for j in range(quads):
                 quad = int32(thread + int32(threads * j))
-                if int32(threads * j) <= last:
+                if int32(quad & int32(-32)) <= last:  # of a warp any
                     a, b, c, d = peek_i32x4(source + 16 * min(quad, last))
                     late |= (a ^ tag) | (b ^ tag) | (c ^ tag) | (d ^ tag)
                     v[4 * j], v[4 * j + 1] = as_float(a), as_float(b)
@@ -69,7 +70,7 @@ def make_input(plan: Plan) -> Input:
     def embed(codes, scales, start, known, width, v, thread):
         """This thread's quads of a token's embedding, which begins at `start`."""
         for j in range(norm_quads):
-            quad = min(int32(thread + int32(threads * j)), int32((width >> 2) - 1))
+            quad = min(int32(thread + int32(threads * j)), int32(int32(width >> 2) - 1))
             scale = half_to_float(scales[(start + 4 * quad) >> shift]) if known else float32(0)
             for b in range(4):
                 v[4 * j + b] = float32(codes[start + 4 * quad + b]) * scale if known else float32(0)
@@ -78,14 +79,15 @@ def make_input(plan: Plan) -> Input:
     def quantize(memory, v, width, thread):
         """A thread's quads to shared memory, as quantization.QuantizedRows has them, but for low bytes of -128."""
         for j in range(quads):
-            if int32(threads * j * 4) < width:
-                quad = int32(thread + int32(threads * j))
-                inside = quad < width >> 2
-                largest = max(abs(v[4 * j]), abs(v[4 * j + 1]), abs(v[4 * j + 2]), abs(v[4 * j + 3]))
+            quad = int32(thread + int32(threads * j))
+            if int32(quad & int32(-32)) < int32(width >> 2):  # of a warp any
+                inside = quad < int32(width >> 2)
+                largest = larger(abs(v[4 * j]), abs(v[4 * j + 1]))
+                largest = larger(largest, larger(abs(v[4 * j + 2]), abs(v[4 * j + 3])))
                 largest = largest if inside else float32(0)
                 step = group_lanes // 2
                 while step:
-                    largest = max(largest, cuda.shfl_xor_sync(0xFFFFFFFF, largest, step))
+                    largest = larger(largest, cuda.shfl_xor_sync(0xFFFFFFFF, largest, step))
                     step //= 2
                 inverse = TOP * reciprocal(largest) if largest > TINY else float32(0)
                 a, b = round_to_int(v[4 * j] * inverse), round_to_int(v[4 * j + 1] * inverse)

@@ -9,22 +9,22 @@ inputs of the steps before (attention's output is complete only if QKV was, whic
 
 Weights do not depend on any of this. One warp of each block does nothing but copy the block's rows of all matrices, of
 all layers, in the order of their use, to a ring in shared memory, as far ahead as the ring is long: across steps and
-layers. So memory is busy while blocks wait for each other, and what they wait for finds its weights there.
+layers. Another brings what comes after that to the second-level cache. So memory is busy while blocks wait for each
+other, and what they wait for finds its weights there.
 
-Most of a layer's code runs once in it and has to be fetched first, by estimate 4 to 5 cycles an instruction: it is kept
-short.
+What a step costs beside its weights are mostly its instructions, which all warps execute: they are kept few, and in 32
+bits (Numba's integers have 64, unless int32() says that the rest does not matter).
 Steps with one token of int8 models; token_plan.py cuts a model's matrices for it. Needs sm_90: bulk copies.
 """
 
 from __future__ import annotations
 
 from numba import cuda
-from numpy import float32, int32, int64, uint16
+from numpy import float32, int32, int64
 
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
 from numbainfer.gpu.pipeline import (
     barrier_init,
-    barrier_wait,
     fence_for_copies,
     fewer_registers,
     more_registers,
@@ -35,7 +35,6 @@ from numbainfer.gpu.ptx import (
     address,
     as_int,
     divide,
-    dp4a,
     exp2,
     half_to_float,
     inverse_root,
@@ -49,13 +48,14 @@ from numbainfer.gpu.ptx import (
     shared_address,
     shared_f32,
     shared_f32x4,
+    shared_i32,
     shared_i32x4,
     shared_i64,
     shared_store_f32,
     shared_store_i32,
     shared_store_i32x4,
     shared_store_i64,
-    shared_u16,
+    shift_right,
 )
 from numbainfer.gpu.reduce import warp_sum
 from numbainfer.gpu.select import SMALLEST, key_index, make_key
@@ -75,10 +75,17 @@ from numbainfer.gpu.token_plan import (
     UP_BIAS,
     Plan,
 )
-from numbainfer.gpu.token_weights import make_copy, uniform
+from numbainfer.gpu.token_products import make_products
+from numbainfer.gpu.token_weights import make_movers
 
 QKV, ATTENTION, OUTPUT, GATE_UP, DOWN = range(5)  # the steps of a layer; the head is one more QKV
 LAST_INDEX = (1 << 29) - 1  # of a vocabulary
+
+
+@device_function
+def uniform(value):
+    """The value, which all lanes have: the compiler sees it now, and that branches on it do not divide a warp."""
+    return int32(cuda.shfl_sync(0xFFFFFFFF, int32(value), 0))
 
 
 @device_function
@@ -89,21 +96,19 @@ def tagged_key(key, tag):
 
 
 @family(
-    (64, 4, 16, 2048, 8192, 64, 2048, 972, 23, 3, 16),
-    (64, 7, 24, 896, 4864, 64, 1216, 1152, 21, 3, 16),
-    (128, 4, 32, 4096, 14336, 64, 2048, 1944, 11, 3, 16),
+    (64, 4, 16, 2048, 8192, 64, 2048, 972, 23, 3, 565, 16),
+    (64, 7, 24, 896, 4864, 64, 1216, 1152, 21, 3, 565, 16),
+    (128, 4, 32, 4096, 14336, 64, 2048, 1944, 11, 3, 987, 16),
 )
 def _token(*numbers: int) -> Kernel:
     plan = Plan(*numbers)
-    warps, threads, slots, slot_bytes, slot_codes = plan.warps, 32 * plan.warps, plan.slots, plan.slot, plan.slot_codes
-    copies, quads, norm_quads, widest = plan.copies, plan.quads, plan.norm_quads, plan.widest
-    values, norm_values, code_words, slot_words = 4 * quads, 4 * norm_quads, 8 * copies, 4 * copies
-    at_full, at_progress, at_table, at_shapes = plan.full, plan.progress, plan.table, plan.shapes
-    at_angles, at_squares, at_pages = plan.angles, plan.squares, plan.pages
-    at_own, at_sums = plan.own, plan.sums
-    at_codes, at_scales = plan.area, plan.scales
-    shift = plan.group.bit_length() - 1
-    attend, copy_weights = make_attention(plan), make_copy(plan)
+    warps, threads, slots, slot_codes, copies = plan.warps, 32 * plan.warps, plan.slots, plan.slot_codes, plan.copies
+    values, norm_quads, norm_values, code_words = 4 * plan.quads, plan.norm_quads, 4 * plan.norm_quads, 8 * copies
+    at_full, at_progress, at_copied, at_table = plan.full, plan.progress, plan.copied, plan.table
+    at_shapes, at_angles, at_squares, at_pages = plan.shapes, plan.angles, plan.squares, plan.pages
+    at_own, at_sums, shift = plan.own, plan.sums, plan.group.bit_length() - 1
+    attend, (copy_weights, fetch_ahead) = make_attention(plan), make_movers(plan)
+    load_part, multiply = make_products(plan)
     await_numbers, embed, quantize = make_input(plan)
     give_registers, take_registers = fewer_registers(32), more_registers(112)
 
@@ -142,7 +147,7 @@ def _token(*numbers: int) -> Kernel:
         memory = shared_address(cuda.shared.array(0, int64, alignment=16))
         keys, block_keys = cuda.shared.array(32, int64), cuda.shared.array(32, int64)
         thread, block, blocks = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
-        warp, lane = uniform(thread >> 5), thread & 31
+        warp, lane = uniform(thread >> 5), int32(thread & 31)
 
         i = thread
         while i < (layers + 1) * COLUMNS:
@@ -161,6 +166,12 @@ def _token(*numbers: int) -> Kernel:
             shared_store_i32x4(int32(at + 16), size, int32(rows), times, int32(divide(65536, rows) + 1))
         if thread < warps:
             shared_store_i32(int32(memory + at_progress + 4 * thread), int32(0))
+        pages, position = address(page_table) + 4 * int64(sequences[0]) * pages_per_sequence, positions[0]
+        if thread == 0:
+            shared_store_i32(int32(memory + at_copied), int32(0))
+            shared_store_i64(memory + at_pages, pages)
+            shared_store_i32(int32(memory + at_pages + 8), position)
+            shared_store_i32(int32(memory + at_pages + 12), int32(state[0] * layers))
         i = thread
         while i < slots:
             barrier_init(int32(memory + at_full + 8 * i), 1)
@@ -171,19 +182,15 @@ def _token(*numbers: int) -> Kernel:
             give_registers()
             if warp == warps:
                 copy_weights(memory, layers, with_head, lane)
+            elif warp == warps + 1:
+                fetch_ahead(memory, layers, with_head, lane)
             return
         take_registers()
 
-        position, token_id = positions[0], tokens[0]
-        pages = address(page_table) + 4 * int64(sequences[0]) * pages_per_sequence
-        if thread == 0:
-            shared_store_i64(memory + at_pages, pages)
         i = thread
         while i < min(pages_per_sequence, int32(PAGES)):
             shared_store_i32(int32(memory + at_pages + 16 + 4 * i), load_i32(pages + 4 * i))
             i += threads
-        known = 0 <= token_id < vocabulary
-        launches, choices = state[0], state[1]
         i = thread
         while i < half:
             shared_store_f32(memory + at_angles + 4 * i, cos[position * half + i])
@@ -192,18 +199,13 @@ def _token(*numbers: int) -> Kernel:
 
         v, weights = cuda.local.array(values, float32), cuda.local.array(norm_values, float32)
         words, word_scales = cuda.local.array(code_words, int32), cuda.local.array(copies, float32)
-        four_codes, bits = cuda.local.array(slot_words, int32), cuda.local.array(copies, uint16)
-        places = cuda.local.array(copies, int32)  # of a part's scales in a slot
-        # Of the ring: where the next matrix begins, and how many slots were filled before.
-        slot, parity, number = int32(0), int32(0), int32(0)
-        turn = int32(launches * layers)  # how many layers came before, in all launches
-        last_turn = int32(turn + layers)
-        row_of_table = int32(memory + at_table)
+        layer = int32(0)
         step = int32(QKV)
         while True:
+            row_of_table = int32(memory + at_table + 8 * COLUMNS * layer)
             if step == ATTENTION:
                 attend(
-                    memory, int32(row_of_table + 8 * K_PAGES), turn, position, block, thread, warp, lane,
+                    memory, int32(row_of_table + 8 * K_PAGES), layer, block, thread, warp, lane,
                     heads, kv_heads, units_per_key, scale, eps, half, parts_shift, address(qkv), address(mixed),
                     address(part_values), address(part_statistics),
                 )  # fmt: skip
@@ -213,17 +215,18 @@ def _token(*numbers: int) -> Kernel:
                 v[j] = float32(0)
             for j in range(norm_values):
                 weights[j] = float32(0)
-            is_head = turn == last_turn
+            is_head = layer == layers
+            turn = int32(shared_i32(int32(memory + at_pages + 12)) + layer)  # layers that came before, in all launches
             # m: which shape; the table has columns for QKV, output, gate, up and down.
             m = int32(0) if step == QKV else int32(step - 1)
             k = int32(HEAD_SHAPE) if is_head else m
             first, count, width, log_parts = shared_i32x4(int32(memory + at_shapes + 4 * SHAPE * k))
-            of_block = count << log_parts  # parts
+            of_block = int32(count << log_parts)  # parts
             gated, normed = step == GATE_UP, step == QKV or step == GATE_UP  # noqa: PLR1714 - Numba
             bias = shared_i64(int32(row_of_table + 8 * BIAS + 8 * (m + (step == DOWN))))
             early, early_up = float32(0), float32(0)
             if bias != 0 and thread < of_block:
-                row = first + (thread >> log_parts)
+                row = int32(first + shift_right(thread, log_parts))
                 early = load_constant_f32(bias + 4 * row)
                 if gated:
                     early_up = load_constant_f32(shared_i64(int32(row_of_table + 8 * UP_BIAS)) + 4 * row)
@@ -231,12 +234,14 @@ def _token(*numbers: int) -> Kernel:
                 norm = shared_i64(int32(row_of_table + 8 * (MLP_NORM if gated else NORM)))
                 for j in range(norm_quads):
                     quad = int32(thread + int32(threads * j))
-                    four = load_f32x4(norm + 16 * min(quad, int32((width >> 2) - 1)))
+                    four = load_f32x4(norm + 16 * min(quad, int32(int32(width >> 2) - 1)))
                     for b in range(4):
                         weights[4 * j + b] = four[b]
 
             # The step's input, quantized. A norm's factor is the same for all columns: it comes last.
-            if step == QKV and row_of_table == memory + at_table:
+            if step == QKV and layer == 0:
+                token_id = tokens[0]
+                known = 0 <= token_id < vocabulary
                 start = int64(token_id) * width if known else int64(0)
                 embed(embedding, embedding_scales, start, known, width, v, thread)
                 own, rows, _, _ = shared_i32x4(int32(memory + at_shapes + 4 * SHAPE * OUTPUT_SHAPE))
@@ -256,7 +261,7 @@ def _token(*numbers: int) -> Kernel:
                 for j in range(norm_quads):
                     quad = int32(thread + int32(threads * j))
                     for b in range(4):
-                        if quad < width >> 2:
+                        if quad < int32(width >> 2):
                             squares += v[4 * j + b] * v[4 * j + b]
                         v[4 * j + b] *= weights[4 * j + b]
                 squares = warp_sum(squares)
@@ -268,69 +273,24 @@ def _token(*numbers: int) -> Kernel:
             # Products: a warp's parts are of the same columns. Their codes stay in registers. Of a matrix, slot number
             # `batch` holds the rows from batch * rows on, and `times` slots hold all; inverse: 65536 / rows.
             size, rows, times, inverse = shared_i32x4(int32(memory + at_shapes + 4 * SHAPE * k + 16))
-            start = (warp & ((int32(1) << log_parts) - 1)) * size
-            bytes_of_part = min(size, int32(width - start))
-            offset = int32(lane << 4)
-            for i in range(copies):  # beyond the part: zeros, and any scale of it
-                for b in range(8):
-                    words[8 * i + b] = int32(0)
-                word_scales[i], places[i] = float32(0), int32(slot_codes)
-                if int32(offset + int32(512 * i)) < bytes_of_part:
-                    at = int32(memory + at_codes + start + offset + 512 * i)
-                    a, b, c, d = shared_i32x4(at)
-                    words[8 * i], words[8 * i + 1], words[8 * i + 2], words[8 * i + 3] = a, b, c, d
-                    a, b, c, d = shared_i32x4(int32(at + widest))
-                    words[8 * i + 4], words[8 * i + 5], words[8 * i + 6], words[8 * i + 7] = a, b, c, d
-                    group = (start + offset + 512 * i) >> shift
-                    word_scales[i] = shared_f32(int32(memory + at_scales + 4 * group))
-                    places[i] = int32(slot_codes + 2 * group)
-            to, stride = int32(memory + at_sums + 4 * warp), int32(warps >> log_parts)
-            scale_row = int32(width >> shift << 1)
-            pass_number = int32(0)
+            start = int32((warp & int32((int32(1) << log_parts) - 1)) * size)
+            end, stride = min(int32(start + size), width), shift_right(int32(warps), log_parts)
+            load_part(memory, words, word_scales, start, end, lane)
+            number = shared_i32(int32(memory + at_progress + 4 * warp))  # how many slots were filled before
+            to, of_pass = int32(memory + at_sums + 4 * warp), int32(0)
             while True:  # gate and up are two passes
-                scales = shared_i64(int32(row_of_table + 16 * (m + pass_number + (step == DOWN)) + 8))
-                low = int32(int32(scales) + first * scale_row)
-                row = warp >> log_parts
-                batch = row * inverse >> 16  # row // rows: which slot of the run
-                at_slot, of_slot = int32(slot + batch), parity
-                while row < count:
-                    while at_slot >= slots:
-                        at_slot, of_slot = int32(at_slot - slots), int32(of_slot ^ 1)
-                    barrier_wait(int32(memory + at_full + 8 * at_slot), of_slot)
-                    begin = int32(batch * rows)
-                    at = int32(memory + at_slot * slot_bytes)
-                    codes_at = int32(at + (row - begin) * width + start + offset)
-                    scales_at = int32(at + (row - begin) * scale_row + ((low + begin * scale_row) & 15))
-                    for i in range(copies):
-                        a, b, c, d = shared_i32x4(int32(codes_at + 512 * i))
-                        four_codes[4 * i], four_codes[4 * i + 1] = a, b
-                        four_codes[4 * i + 2], four_codes[4 * i + 3] = c, d
-                        bits[i] = shared_u16(int32(scales_at + places[i]))
-                    total = float32(0)
-                    for i in range(copies):
-                        if int32(512 * i) < bytes_of_part:
-                            high, low_dot = int32(0), int32(0)
-                            for b in range(4):
-                                high = dp4a(four_codes[4 * i + b], words[8 * i + b], high)
-                                low_dot = dp4a(four_codes[4 * i + b], words[8 * i + 4 + b], low_dot)
-                            dot = float32((high << int32(8)) + low_dot)
-                            total += dot * (half_to_float(bits[i]) * word_scales[i])
-                    total = warp_sum(total)
-                    row = int32(row + stride)
-                    following = row * inverse >> 16
-                    if lane == 0:
-                        shared_store_f32(to, total)
-                        if row < count:
-                            shared_store_i32(int32(memory + at_progress + 4 * warp), int32(number + following))
-                    at_slot, batch, to = int32(at_slot + following - batch), following, int32(to + 4 * warps)
-                slot, number = int32(slot + times), int32(number + times)
-                while slot >= slots:
-                    slot, parity = int32(slot - slots), int32(parity ^ 1)
+                scales = shared_i32(int32(row_of_table + 16 * (m + of_pass + (step == DOWN)) + 8))
+                lead = int32(scales + first * int32(int32(width >> shift) << 1))
+                multiply(
+                    memory, words, word_scales, start, end, width, shift_right(warp, log_parts), stride, count,
+                    rows, inverse, number, lead, to, warp, lane,
+                )  # fmt: skip
+                number = int32(number + times)
                 if lane == 0:
                     shared_store_i32(int32(memory + at_progress + 4 * warp), number)
-                if not gated or pass_number == 1:
+                if not gated or of_pass == 1:
                     break
-                pass_number, to = int32(1), int32(memory + at_sums + 4 * (of_block + warp))
+                to, of_pass = int32(to + 4 * of_block), int32(1)
             synchronize()
 
             factor = float32(1)
@@ -353,13 +313,13 @@ def _token(*numbers: int) -> Kernel:
                     value = shared_f32(int32(memory + at_sums + 4 * i))
                     if gated:
                         up = shared_f32(int32(memory + at_sums + 4 * (of_block + i)))
-                across = int32(1) << log_parts >> 1
+                across = int32(int32(1 << log_parts) >> 1)
                 while across > 0:  # the parts of a row
                     value += cuda.shfl_xor_sync(0xFFFFFFFF, value, across)
                     up += cuda.shfl_xor_sync(0xFFFFFFFF, up, across)
-                    across >>= 1
-                r = int32(i >> log_parts)
-                if i < of_block and i == r << log_parts:
+                    across = int32(across >> 1)
+                r = shift_right(i, log_parts)
+                if i < of_block and i == int32(r << log_parts):
                     value = value * factor + early  # where there is a bias, all rows are of this turn of the loop
                     if gated:
                         power = exp2(value * -LOG2_E)
@@ -378,13 +338,14 @@ def _token(*numbers: int) -> Kernel:
             if is_head:
                 break
             if step == DOWN:
-                turn, step, row_of_table = int32(turn + 1), int32(QKV), int32(row_of_table + 8 * COLUMNS)
-                if turn == last_turn and with_head == 0:
+                layer, step = int32(layer + 1), int32(QKV)
+                if layer == layers and with_head == 0:
                     break
             else:
                 step = int32(step + 1)
 
         if with_head != 0 and address(history) != 0:
+            choices, position = state[1], positions[0]  # block 0 changes them when all have posted theirs
             best, tag = largest_of_block(best, keys, warp, lane), choices & 3
             if thread == 0:
                 post_i64(address(best_keys) + 8 * block, tagged_key(best, tag))
@@ -401,6 +362,6 @@ def _token(*numbers: int) -> Kernel:
                     history[(position + 1) % history_size] = chosen
                     state[1] = choices + 1
         if block == 0 and thread == 0:
-            state[0] = launches + 1
+            state[0] += 1
 
     return token

@@ -12,6 +12,8 @@ MOST_PART = 2048  # bytes of a row that a warp takes at a time
 
 SLOT = 8 << 10  # bytes of a slot of the ring, or a row where that is longer
 IN_FLIGHT = 3  # slots that copies are under way to, at most: more would only hold up what blocks exchange
+FETCHED = 8  # slots that are brought to the second-level cache ahead of the copies to the ring
+FETCH_RATE = 1.17  # how fast, as a share of what memory can do at most: faster, they are in the copies' way
 
 # A layer's weights are streamed as five runs: a matrix each, or gate and up by themselves, which have one shape.
 RUNS = 5
@@ -32,7 +34,8 @@ class Plan:
     """The kernel's constants, and by them the layout of a block's shared memory, in bytes.
 
     widest: of the matrices' inputs; part: most columns of a row that a warp takes at a time; items: most of these that
-    a block has of a matrix; slots: of the ring; in_flight: those that copies are under way to; warps: that multiply.
+    a block has of a matrix; slots: of the ring; in_flight: those that copies are under way to; pause: cycles between
+    two slots that are fetched ahead; warps: that multiply.
     """
 
     head_dim: int
@@ -45,6 +48,7 @@ class Plan:
     items: int
     slots: int
     in_flight: int
+    pause: int
     warps: int
 
     @property
@@ -88,8 +92,13 @@ class Plan:
         return self.full + 16 * -(-self.slots // 2)
 
     @property
-    def table(self) -> int:
+    def copied(self) -> int:
+        """Of the copying warp: the number of slots that it filled."""
         return self.progress + 4 * self.warps
+
+    @property
+    def table(self) -> int:
+        return self.copied + 16
 
     @property
     def shapes(self) -> int:
@@ -105,7 +114,8 @@ class Plan:
 
     @property
     def pages(self) -> int:
-        """The address of the sequence's row of the page table, then a copy of its first PAGES numbers."""
+        """The address of the sequence's row of the page table, its position, how many layers came before in all
+        launches, and a copy of the row's first PAGES numbers."""
         return self.squares + 4 * self.warps
 
     @property
@@ -171,16 +181,19 @@ def make_plan(
     blocks: int,
     warps: int,
     most: int,
+    memory_rate: float,
 ) -> Plan | None:
-    """The plan with the longest ring that fits `most` bytes; None where it would be too short (`longest_way`)."""
+    """The plan with the longest ring that fits `most` bytes; None where it would be too short (`longest_way`).
+    memory_rate: see driver.Gpu."""
     widest = max(shape.width for shape in shapes)
     items = max(-(-shape.pairs // blocks) * shape.halves * shape.parts for shape in shapes)
     part = max(shape.part for shape in shapes)
     for slots in range(32, 1, -1):
-        plan = Plan(head_dim, shared, layers, hidden, widest, group, part, items, slots, IN_FLIGHT, warps)
+        plan = Plan(head_dim, shared, layers, hidden, widest, group, part, items, slots, IN_FLIGHT, 0, warps)
         if plan.nbytes <= most:
             way = max(longest_way(shape, blocks, plan.slot_codes, warps) for shape in shapes)
-            return replace(plan, in_flight=min(IN_FLIGHT, slots - way)) if way < slots else None
+            pause = int(plan.slot / max(1.0, FETCH_RATE * memory_rate))
+            return replace(plan, in_flight=min(IN_FLIGHT, slots - way), pause=pause) if way < slots else None
     return None
 
 

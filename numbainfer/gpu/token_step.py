@@ -126,6 +126,7 @@ def token_step(stream: Stream, pool: MemoryPool, model: Any) -> TokenStep | None
     plan = make_plan(
         *(config.head_dim, shared, config.layers, config.hidden_size, group, shapes, blocks, WARPS),
         gpu.shared_memory - RESERVED,
+        gpu.memory_rate,
     )
     if plan is None or not _fits(plan, blocks, shapes, layers[0], config.heads // shared):
         return None
