@@ -31,6 +31,12 @@ def test_compiles(kernel: Kernel, capability: tuple[int, int]) -> None:
         assert cubin.stack == 0, "a local array did not fit into registers"
 
 
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.name == "token"], ids=lambda k: k.symbol)
+def test_one_token_takes_no_double_precision(kernel: Kernel) -> None:
+    """A name that is an int32 here and a float32 there is a float64 to Numba."""
+    assert ".f64" not in str(kernel.intermediate((9, 0), "ptx"))
+
+
 def test_symbols_tell_kernels_apart() -> None:
     names = [(k.function.__module__, k.symbol) for k in KERNELS]
     assert len(set(names)) == len(names)

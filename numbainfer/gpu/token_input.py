@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from numba import cuda
-from numpy import float32, int32
+from numpy import float32, int32, uint32
 
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.pipeline import synchronize_threads
@@ -24,6 +24,8 @@ from numbainfer.gpu.ptx import (
 )
 from numbainfer.gpu.quantize import TINY, TOP
 from numbainfer.gpu.token_plan import Plan
+
+SAMPLES = 2  # numbers of a vector that blocks ask for until they have come; more would hold up what they wait for
 
 
 @device_function
@@ -50,8 +52,8 @@ def make_input(plan: Plan) -> Input:
     def await_numbers(source, tag, width, v, thread):
         """This thread's quads of a vector in global memory, as soon as all have come."""
         last = int32(int32(width >> 2) - 1)
-        if thread < 32:  # a few of them at first, so as not to keep the memory busy; when they have come, so have most
-            sample = source + 4 * int32(int32(int32((thread + 1) * width) >> 5) - 1)
+        if thread < SAMPLES:  # some at first, so as not to keep the memory busy; when they have come, so have most
+            sample = source + 4 * int32(int32(uint32((thread + 1) * width) // uint32(SAMPLES)) - 1)
             while (peek_i32(sample) ^ tag) & 3 != 0:
                 pass
         synchronize_threads(1, threads)

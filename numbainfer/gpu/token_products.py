@@ -135,6 +135,7 @@ def make_products(plan: Plan) -> Products:
                 load_near(other_codes, other_bits, codes_at, int32(scales_at + scale), int32(scales_at + last))
                 total = dot_near(codes, bits, words, word_scales)
                 load_far(other_codes, other_bits, codes_at, int32(scales_at + scale), int32(scales_at + last))
+                cuda.syncwarp()  # all lanes have read
                 release(memory, warp, lane, row < count, int32(number + batch))
                 second = dot_near(other_codes, other_bits, words, word_scales)
                 if wide:

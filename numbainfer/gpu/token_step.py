@@ -143,5 +143,6 @@ def _fits(plan: Plan, blocks: int, shapes: list[Shape], layer: Any, units: int) 
     return (
         max(blocks, rows[1], *biased) <= threads
         and units <= blocks
+        and max(rows) + 2 * plan.warps < 1 << 15  # times 65536 / rows of a slot, in 32 bits
         and all(count * some < 1 << 16 for count, some in zip(rows, per_slot, strict=True))
     )
