@@ -47,7 +47,7 @@ on_first_compile: Callable[[], None] | None = None
 MODULES = [
     "elementwise",
     "half_rows",
-    "linear_mma",
+    "mma_kernel",
     "attention_prefill",
     "quantize",
     "select",

@@ -1,4 +1,4 @@
-"""How a product on tensor cores is cut into tiles and shared among blocks (linear_mma.py)."""
+"""How a product on tensor cores is cut into tiles and shared among blocks (mma_kernel.py)."""
 
 from __future__ import annotations
 

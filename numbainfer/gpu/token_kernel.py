@@ -114,7 +114,7 @@ def _token(*numbers: int) -> Kernel:
 
     @device_function
     def synchronize():
-        """All warps but the copying one."""
+        """All warps that multiply."""
         synchronize_threads(1, threads)
 
     @device_function
@@ -270,13 +270,14 @@ def _token(*numbers: int) -> Kernel:
             quantize(memory, v, width, thread)
             synchronize()
 
-            # Products: a warp's parts are of the same columns. Their codes stay in registers. Of a matrix, slot number
-            # `batch` holds the rows from batch * rows on, and `times` slots hold all; inverse: 65536 / rows.
+            # Products: a warp's parts are of the same columns, whose activations stay in registers. `times` slots hold
+            # a matrix's rows, so many `rows` each.
             size, rows, times, inverse = shared_i32x4(int32(memory + at_shapes + 4 * SHAPE * k + 16))
             start = int32((warp & int32((int32(1) << log_parts) - 1)) * size)
             end, stride = min(int32(start + size), width), shift_right(int32(warps), log_parts)
             load_part(memory, words, word_scales, start, end, lane)
-            number = shared_i32(int32(memory + at_progress + 4 * warp))  # how many slots were filled before
+            # How many slots were filled before. (A warp without rows may read it late, and has no use for it.)
+            number = shared_i32(int32(memory + at_progress + 4 * warp))
             to, of_pass = int32(memory + at_sums + 4 * warp), int32(0)
             while True:  # gate and up are two passes
                 scales = shared_i32(int32(row_of_table + 16 * (m + of_pass + (step == DOWN)) + 8))
