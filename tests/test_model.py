@@ -113,6 +113,19 @@ def test_eager_and_captured_are_the_same_bit_for_bit(
             np.testing.assert_array_equal(all_logits(captured, tokens, step), expected)
 
 
+@pytest.mark.parametrize("name", ["llama_int8", "qwen3_mixed"])
+def test_buffers_are_made_before_the_first_step(name: str, ops: Operators, checkpoint_of: Checkpoints) -> None:
+    """One made between two operators would part what a device runs as one: the step would round differently."""
+    model = build_model(ops, source_weights(checkpoint_of(name), "int8"))
+    made = ops.pool.statistics.allocations + ops.pool.statistics.reuses
+    sequence = model.cache.add_sequence()
+    for count in (5, 1):
+        tokens, first = random_tokens(model, count), len(sequence)
+        model.cache.append(sequence, tokens)
+        model.step(tokens, np.arange(first, first + count), sequence.row)
+    assert ops.pool.statistics.allocations + ops.pool.statistics.reuses == made
+
+
 def test_programs_are_kept_within_bounds(ops: Operators, checkpoint_of: Checkpoints) -> None:
     """More sizes of steps than programs are kept: those that went are captured again, with the same result."""
     model = build_model(ops, source_weights(checkpoint_of("llama_int8"), "int8"))
