@@ -108,12 +108,12 @@ class Cuda:
     """What kernels take from numba.cuda."""
 
     shared, atomic = _Shared, SimpleNamespace(min=_atomic(min), max=_atomic(max))
-    threadIdx = property(lambda self: now.thread.place)  # noqa: N815
-    blockIdx = property(lambda self: now.thread.block.index)  # noqa: N815
-    gridDim = property(lambda self: now.thread.block.grid)  # noqa: N815
-    blockDim = property(lambda self: now.thread.block.threads)  # noqa: N815
+    threadIdx = property(lambda self: now.thread.place)  # noqa: N815 - numba's name
+    blockIdx = property(lambda self: now.thread.block.index)  # noqa: N815 - numba's name
+    gridDim = property(lambda self: now.thread.block.grid)  # noqa: N815 - numba's name
+    blockDim = property(lambda self: now.thread.block.threads)  # noqa: N815 - numba's name
 
-    class local:  # noqa: N801 (numba's name)
+    class local:  # noqa: N801 - numba's name
         @staticmethod
         def array(shape: Any, dtype: Any) -> Any:
             # one of integers takes none that it can't hold: an error here

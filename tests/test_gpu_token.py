@@ -33,14 +33,16 @@ from numbainfer.quantization import GROUPS, QuantizedMatrix
 
 SLOTS = 3  # of the history
 SHARED_MEMORY = 227 << 10  # bytes of a block, on an H100
+MEMORY_RATE = 12.8  # bytes a cycle for each multiprocessor, on an H100
 
 
 class Emulated:
     """A model's step of one token on a GPU of so many multiprocessors. It is the stream and the pool too."""
 
     def __init__(self, model: Model, blocks: int, order: int | None) -> None:
-        self.gpu = SimpleNamespace(capability=(9, 0), multiprocessors=blocks, shared_memory=SHARED_MEMORY)
-        self.gpu.memory_rate = 12.8
+        self.gpu = SimpleNamespace(
+            capability=(9, 0), multiprocessors=blocks, shared_memory=SHARED_MEMORY, memory_rate=MEMORY_RATE
+        )
         self.order, self.held = order, list[np.ndarray]()
         layers = [
             replace(layer, **{f.name: self._seen(getattr(layer, f.name)) for f in fields(layer)})
@@ -203,7 +205,7 @@ def test_plans_of_real_shapes(blocks: int) -> None:
             shapes = [shape for shape in cuts if shape is not None]
             assert len(shapes) == 5
             plan = make_plan(
-                head_dim, heads // kv_heads, 2, hidden, group, shapes, blocks, 16, SHARED_MEMORY - 1024, 12.8
+                head_dim, heads // kv_heads, 2, hidden, group, shapes, blocks, 16, SHARED_MEMORY - 1024, MEMORY_RATE
             )
             if plan is None:
                 assert inner > 18000

@@ -98,9 +98,7 @@ def open_gpu(index: int) -> Gpu:
     if capability < MINIMUM_CAPABILITY:
         raise NumbaInferError(f"{name} has compute capability {capability[0]}.{capability[1]}, numbainfer needs 8.0")
     multiprocessors = attribute("MULTIPROCESSOR_COUNT")
-    transferred = (
-        2 * attribute("MEMORY_CLOCK_RATE") * attribute("GLOBAL_MEMORY_BUS_WIDTH") // 8
-    )  # thousand bytes a second
+    memory_speed = 2 * attribute("MEMORY_CLOCK_RATE") * attribute("GLOBAL_MEMORY_BUS_WIDTH") // 8  # kB/s: on both edges
     context = check(driver.cuDevicePrimaryCtxRetain(device))
     check(driver.cuCtxSetCurrent(context))
     return Gpu(
@@ -110,7 +108,7 @@ def open_gpu(index: int) -> Gpu:
         multiprocessors=multiprocessors,
         shared_memory=attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
         memory=check(driver.cuDeviceTotalMem(device)),
-        memory_rate=transferred / max(1, multiprocessors * attribute("CLOCK_RATE")),
+        memory_rate=memory_speed / max(1, multiprocessors * attribute("CLOCK_RATE")),
         driver_version=shown,
         handle=device,
         context=context,

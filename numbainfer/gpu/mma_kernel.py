@@ -296,12 +296,11 @@ def product_kernel(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
                 behind = load_rows(w0, s0, w1, s1, int32(first + 1), t, last_column, shift)
             wait_for_previous_kernel()  # weights could be asked for before
             # What tokens are divided by: once, if all tiles are of the same tokens.
-            if narrow:  # noqa: SIM102 - Numba drops what a constant alone rules out
-                if address(squares) != 0 and (token_tiles > 1 or item < 2 * cuda.gridDim.x):
-                    if token_tiles > 1:  # others may still divide by those of the tile before
-                        synchronize_threads(3, CONSUMERS)
-                    put_factors(squares, eps, D, blocks, first_token, T, thread, factors)
+            if narrow and address(squares) != 0 and (token_tiles > 1 or item < 2 * cuda.gridDim.x):
+                if token_tiles > 1:  # others may still divide by those of the tile before
                     synchronize_threads(3, CONSUMERS)
+                put_factors(squares, eps, D, blocks, first_token, T, thread, factors)
+                synchronize_threads(3, CONSUMERS)
             acc = zero()
             block = first
             if paired:
@@ -334,7 +333,7 @@ def product_kernel(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
                 acc = multiply_stage(acc, wide, stages_at, full, stage, phase, lane)
                 stage, phase = following(stage, phase)
                 block = int32(block + 1)
-                if deep:  # noqa: SIM102 - Numba drops what a constant alone rules out
+                if deep:  # noqa: SIM102 - a constant by itself: without it Numba drops this, and there is no `behind`
                     if block < end:
                         wide = widen(behind[0], behind[1])
                         behind = load_rows(w0, s0, w1, s1, int32(block + 2), t, last_column, shift)
@@ -367,9 +366,8 @@ def product_kernel(kind: str, width: int, paired: bool, gated: bool) -> Kernel:
                 e0 = e1 = float32(0)
                 if address(bias) != 0:
                     e0, e1 = bias[r0], bias[r1]
-                if narrow:  # noqa: SIM102 - as above
-                    if address(squares) != 0:
-                        acc = by_token(acc, int32(factors + 8 * still(t)))
+                if narrow and address(squares) != 0:
+                    acc = by_token(acc, int32(factors + 8 * still(t)))
                 acc = affine(acc, factor, e0, e1)
                 if gated:
                     hidden = gate(acc, out_inverse if row < N else float32(0))

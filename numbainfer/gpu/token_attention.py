@@ -63,7 +63,8 @@ def make_attention(plan: Plan) -> Any:
         core.element,
         core.dimension,
     )
-    area, at_angles, at_pages = plan.area, plan.angles, plan.pages
+    area, at_angles = plan.area, plan.angles
+    at_pages, at_position, at_before, at_page_numbers = plan.pages, plan.position, plan.before, plan.page_numbers
     at_queries, row_bytes = plan.area + layout.queries, layout.row
     at_key, at_value = plan.area + 4 * shared * head_dim, plan.area + 4 * (shared + 1) * head_dim
     at_values, piece_bytes = plan.area + layout.values, layout.piece
@@ -156,10 +157,8 @@ def make_attention(plan: Plan) -> Any:
         half, parts_shift, qkv, mixed, part_values, part_statistics,
     ):  # fmt: skip
         """entry: where the layer's row of the table continues in shared memory."""
-        position, turn = (
-            shared_i32(int32(memory + at_pages + 8)),
-            int32(shared_i32(int32(memory + at_pages + 12)) + layer),
-        )
+        position = shared_i32(int32(memory + at_position))
+        turn = int32(shared_i32(int32(memory + at_before)) + layer)
         unit, parts = shift_right(block, parts_shift), int32(int32(1) << parts_shift)
         part, first_head, g = int32(block & int32(parts - 1)), int32(unit * shared), divide(unit, units_per_key)
         window = shared_i32(int32(entry + 8 * (WINDOW - K_PAGES)))
@@ -177,11 +176,8 @@ def make_attention(plan: Plan) -> Any:
         base = int32(start + KEYS * warp)
         if base < end:
             number = shift_right(base, int32(PAGE_BITS))
-            page = int32(0)
-            if number < PAGES:
-                page = shared_i32(int32(memory + at_pages + 16 + 4 * number))
-            else:
-                page = table_of(memory)[number]
+            at = int32(memory + at_page_numbers + 4 * number)
+            page = shared_i32(at) if number < PAGES else table_of(memory)[number]
             fetch_from(k, v, k_pages, v_pages, int32(page * kv_heads + g), base, end, lane)
         # Warps for the query heads, the key and the value; behind them some for the rows of zeros that tensor cores
         # take beside the queries.
@@ -251,7 +247,7 @@ def make_attention(plan: Plan) -> Any:
         synchronize_threads(1, threads)
 
         # Once more: in registers meanwhile they would be in the keys' way.
-        place, turn = block, int32(shared_i32(int32(memory + at_pages + 12)) + layer)
+        place, turn = block, int32(shared_i32(int32(memory + at_before)) + layer)
         tag, mark = int32(turn & 3), (int64(turn) & int64(0x3FFFFFFF)) + 1
         result = mixed + 4 * head_dim * int64(shift_right(still(block), parts_shift) * shared)
         i = thread

@@ -105,8 +105,9 @@ def _token(*numbers: int) -> Kernel:
     warps, threads, slots, slot_codes, copies = plan.warps, 32 * plan.warps, plan.slots, plan.slot_codes, plan.copies
     values, norm_quads, norm_values, code_words = 4 * plan.quads, plan.norm_quads, 4 * plan.norm_quads, 8 * copies
     at_full, at_progress, at_copied, at_table = plan.full, plan.progress, plan.copied, plan.table
-    at_shapes, at_angles, at_squares, at_pages = plan.shapes, plan.angles, plan.squares, plan.pages
-    at_own, at_sums, shift = plan.own, plan.sums, plan.group.bit_length() - 1
+    at_shapes, at_angles, at_squares, at_own, at_sums = plan.shapes, plan.angles, plan.squares, plan.own, plan.sums
+    at_pages, at_position, at_before, at_page_numbers = plan.pages, plan.position, plan.before, plan.page_numbers
+    shift = plan.group.bit_length() - 1
     attend, (copy_weights, fetch_ahead) = make_attention(plan), make_movers(plan)
     load_part, multiply = make_products(plan)
     await_numbers, embed, quantize = make_input(plan)
@@ -170,8 +171,8 @@ def _token(*numbers: int) -> Kernel:
         if thread == 0:
             shared_store_i32(int32(memory + at_copied), int32(0))
             shared_store_i64(memory + at_pages, pages)
-            shared_store_i32(int32(memory + at_pages + 8), position)
-            shared_store_i32(int32(memory + at_pages + 12), int32(state[0] * layers))
+            shared_store_i32(int32(memory + at_position), position)
+            shared_store_i32(int32(memory + at_before), int32(state[0] * layers))
         i = thread
         while i < slots:
             barrier_init(int32(memory + at_full + 8 * i), 1)
@@ -189,7 +190,7 @@ def _token(*numbers: int) -> Kernel:
 
         i = thread
         while i < min(pages_per_sequence, int32(PAGES)):
-            shared_store_i32(int32(memory + at_pages + 16 + 4 * i), load_i32(pages + 4 * i))
+            shared_store_i32(int32(memory + at_page_numbers + 4 * i), load_i32(pages + 4 * i))
             i += threads
         i = thread
         while i < half:
@@ -216,7 +217,7 @@ def _token(*numbers: int) -> Kernel:
             for j in range(norm_values):
                 weights[j] = float32(0)
             is_head = layer == layers
-            turn = int32(shared_i32(int32(memory + at_pages + 12)) + layer)  # layers that came before, in all launches
+            turn = int32(shared_i32(int32(memory + at_before)) + layer)  # layers that came before, in all launches
             # m: which shape; the table has columns for QKV, output, gate, up and down.
             m = int32(0) if step == QKV else int32(step - 1)
             k = int32(HEAD_SHAPE) if is_head else m

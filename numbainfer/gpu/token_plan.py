@@ -114,13 +114,26 @@ class Plan:
 
     @property
     def pages(self) -> int:
-        """The address of the sequence's row of the page table, its position, how many layers came before in all
-        launches, and a copy of the row's first PAGES numbers."""
+        """The address of the sequence's row of the page table."""
         return self.squares + 4 * self.warps
 
     @property
+    def position(self) -> int:
+        return self.pages + 8
+
+    @property
+    def before(self) -> int:
+        """How many layers came before, in all launches."""
+        return self.position + 4
+
+    @property
+    def page_numbers(self) -> int:
+        """The first PAGES numbers of the page table's row."""
+        return self.before + 4
+
+    @property
     def own(self) -> int:
-        return self.pages + 16 + 4 * PAGES
+        return self.page_numbers + 4 * PAGES
 
     @property
     def sums(self) -> int:

@@ -79,6 +79,16 @@ def make_products(plan: Plan) -> Products:
             shared_store_i32(int32(memory + at_progress + 4 * warp), number)
 
     @device_function
+    def part_at(memory, slot, begin, row, width, start, end, lead, lane):
+        """Of a row in a slot that begins with row `begin`: where the lane's codes, its first scale and the part's last
+        one are. lead: see `multiply`."""
+        at, inside, scale_row = int32(memory + slot * slot_bytes), int32(row - begin), int32(int32(width >> shift) << 1)
+        column, last = int32(start + 16 * lane), int32(end - 1)
+        scales_at = int32(at + slot_codes + inside * scale_row + ((lead + begin * scale_row) & 15))
+        first_scale, last_scale = int32(2 * int32(column >> shift)), int32(2 * int32(last >> shift))
+        return int32(at + inside * width + column), int32(scales_at + first_scale), int32(scales_at + last_scale)
+
+    @device_function
     def load_part(memory, words, word_scales, start, end, lane):
         """The part's activations."""
         for i in range(copies):
@@ -105,36 +115,28 @@ def make_products(plan: Plan) -> Products:
         """
         codes, bits = cuda.local.array(code_words, int32), cuda.local.array(copies, uint16)
         other_codes, other_bits = cuda.local.array(code_words, int32), cuda.local.array(copies, uint16)
-        scale_row, wide = int32(int32(width >> shift) << 1), int32(end - start) > 512 * AT_ONCE
-        own = int32(start + 16 * lane)
-        scale, last = int32(2 * int32(own >> shift)), int32(2 * int32(int32(end - 1) >> shift))
+        wide = int32(end - start) > 512 * AT_ONCE
         to = int32(to + (4 * warps if lane & 16 else 0))  # sums of two rows end up in lanes 0 and 16
         batch = int32(int32(row * inverse) >> 16)  # row // rows: which slot
         while row < count:
             slot, parity = in_ring(int32(number + batch))
             barrier_wait(int32(memory + at_full + 8 * slot), parity)
-            begin = int32(batch * rows)
-            at, inside = int32(memory + slot * slot_bytes), int32(row - begin)
-            scales_at = int32(at + slot_codes + inside * scale_row + ((lead + begin * scale_row) & 15))
-            codes_at = int32(at + inside * width + own)
-
+            codes_at, scale, last = part_at(memory, slot, int32(batch * rows), row, width, start, end, lead, lane)
             other = int32(row + stride)
             following = int32(int32(other * inverse) >> 16)
             slot, parity = in_ring(int32(number + following))
             has_come = barrier_passed(int32(memory + at_full + 8 * slot), parity)
-            load_near(codes, bits, codes_at, int32(scales_at + scale), int32(scales_at + last))
-            load_far(codes, bits, codes_at, int32(scales_at + scale), int32(scales_at + last))
+            load_near(codes, bits, codes_at, scale, last)
+            load_far(codes, bits, codes_at, scale, last)
             two = cuda.all_sync(0xFFFFFFFF, has_come != 0 and other < count)
             row = int32(other + stride) if two else other
             batch = int32(int32(row * inverse) >> 16)
             if two:
                 begin = int32(following * rows)
-                at, inside = int32(memory + slot * slot_bytes), int32(other - begin)
-                scales_at = int32(at + slot_codes + inside * scale_row + ((lead + begin * scale_row) & 15))
-                codes_at = int32(at + inside * width + own)
-                load_near(other_codes, other_bits, codes_at, int32(scales_at + scale), int32(scales_at + last))
+                codes_at, scale, last = part_at(memory, slot, begin, other, width, start, end, lead, lane)
+                load_near(other_codes, other_bits, codes_at, scale, last)
                 total = dot_near(codes, bits, words, word_scales)
-                load_far(other_codes, other_bits, codes_at, int32(scales_at + scale), int32(scales_at + last))
+                load_far(other_codes, other_bits, codes_at, scale, last)
                 cuda.syncwarp()  # all lanes have read
                 release(memory, warp, lane, row < count, int32(number + batch))
                 second = dot_near(other_codes, other_bits, words, word_scales)
