@@ -116,8 +116,11 @@ class Core(NamedTuple):
     """Functions for kernels, made for one Layout; `memory` is the address of its start. See make_core."""
 
     fetch: Any
-    fetch_from: Any
     prepare: Any
+    compare: Any
+    soften: Any
+    add_values: Any
+    write_piece: Any
     attend: Any
     own_key: Any
     weigh: Any
@@ -162,17 +165,13 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
                 v[j], v[j + 1], v[j + 2], v[j + 3] = load_i32x4(at + 128 * i)
 
     @device_function
-    def fetch_from(k, v, k_pages, v_pages, page, base, end, lane):
-        """`fetch` where the page is known: its number times kv_heads, plus g."""
-        fetch_keys(k, k_pages, page, base, end, lane)
-        if roomy:
-            fetch_values(v, v_pages, page, base, end, lane)
-
-    @device_function
     def fetch(k, v, k_pages, v_pages, table, kv_heads, g, base, end, lane):
         """The lane's part of the 16 keys from `base`, a multiple of 16, and if there is room of their values; k, v:
         int32 [d / 4]. A key past the last, end - 1, repeats it: what stands behind it in the page may be NaN."""
-        fetch_from(k, v, k_pages, v_pages, int32(table[int32(base) >> PAGE_BITS] * kv_heads + g), base, end, lane)
+        page = int32(table[int32(base) >> PAGE_BITS] * kv_heads + g)
+        fetch_keys(k, k_pages, page, base, end, lane)
+        if roomy:
+            fetch_values(v, v_pages, page, base, end, lane)
 
     @device_function
     def prepare(memory, factor, thread, threads):
@@ -195,71 +194,60 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
             i = int32(i + threads)
 
     @device_function
-    def attend(memory, k, v, k_pages, v_pages, table, kv_heads, g, base, end, lowest, warp, lane):
-        """A warp: keys from `base` on, 16 of every 16 * warps, those before `lowest` not seen. The caller has fetched
-        the first ones, if base < end. Writes the warp's piece."""
-        base, end, lowest, t = int32(base), int32(end), int32(lowest), int32(lane & 3)
-        queries = int32(memory + at_queries + row_bytes * (lane >> 2) + 16 * t)
-        acc = cuda.local.array(sums, float32)
-        scores = cuda.local.array(8, float32)
-        for i in range(sums):
-            acc[i] = float32(0)
-        top, total = float32(NOTHING), float32(0)  # of head g; total: of this lane's keys
-        while base < end:
-            base = still(base)
-            following = int32(base + 16 * warps)
-            page = int32(0)
-            if following < end:
-                page = int32(table[following >> PAGE_BITS] * kv_heads + g)
-            for i in range(8):
-                scores[i] = float32(0)
-            for i in range(2 * loads):
-                a0, a1, a2, a3 = shared_i32x4(queries + 64 * i)
-                for n in range(2):
-                    j, m = 4 * (2 * (i >> 1) + n) + 2 * (i & 1), 4 * n
-                    scores[m], scores[m + 1], scores[m + 2], scores[m + 3] = multiply_16x8x16(
-                        *(a0, a1, a2, a3, k[j], k[j + 1]), scores[m], scores[m + 1], scores[m + 2], scores[m + 3]
-                    )
-            if not roomy:
-                fetch_values(v, v_pages, int32(table[base >> PAGE_BITS] * kv_heads + g), base, end, lane)
-            elif following < end:
-                fetch_keys(k, k_pages, page, following, end, lane)
-            # Head g, keys 2t, 2t + 1, 2t + 8, 2t + 9: high and low parts together, and what is not seen.
-            larger = top
-            for i in range(4):
-                j = 4 * (i >> 1) + (i & 1)
-                key = int32(base + 2 * t + (i & 1) + 8 * (i >> 1))
-                scores[i] = scores[j] + scores[j + 2] if key < end and key >= lowest else float32(2 * NOTHING)
-                larger = max(larger, scores[i])
-            larger = max(larger, cuda.shfl_xor_sync(0xFFFFFFFF, larger, 1))
-            larger = max(larger, cuda.shfl_xor_sync(0xFFFFFFFF, larger, 2))
-            decay = exp2(top - larger)
-            top = larger
-            total *= decay
-            for i in range(4):
-                scores[i] = exp2(scores[i] - larger)  # 0 of what is not seen, even if nothing was so far
-                total += scores[i]
-            b0, b1 = round_halves(scores[0], scores[1]), round_halves(scores[2], scores[3])
-            c, d = halves_to_floats(b0)
-            low0 = round_halves(scores[0] - c, scores[1] - d)
-            c, d = halves_to_floats(b1)
-            low1 = round_halves(scores[2] - c, scores[3] - d)
-            # The sums are of heads 2t and 2t + 1.
-            even = cuda.shfl_sync(0xFFFFFFFF, decay, int32(8 * t))
-            odd = cuda.shfl_sync(0xFFFFFFFF, decay, int32(8 * t + 4))
-            for i in range(tiles):
-                j, m = 16 * (i >> 2) + (i & 3), 4 * i
-                a0, a1 = permute(v[j], v[j + 4], int32(0x5410)), permute(v[j], v[j + 4], int32(0x7632))
-                a2, a3 = permute(v[j + 8], v[j + 12], int32(0x5410)), permute(v[j + 8], v[j + 12], int32(0x7632))
-                c0, c1, c2, c3 = acc[m] * even, acc[m + 1] * odd, acc[m + 2] * even, acc[m + 3] * odd
-                c0, c1, c2, c3 = multiply_16x8x16(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)
-                c0, c1, c2, c3 = multiply_16x8x16(a0, a1, a2, a3, low0, low1, c0, c1, c2, c3)
-                acc[m], acc[m + 1], acc[m + 2], acc[m + 3] = c0, c1, c2, c3
-            if following < end and roomy:
-                fetch_values(v, v_pages, page, following, end, lane)
-            elif following < end:
-                fetch_keys(k, k_pages, page, following, end, lane)
-            base = following
+    def compare(memory, k, scores, lane):
+        """Scores of 16 keys, float32 [8], sums of 0 and 2, 1 and 3 and so on: head g, keys 2t, 2t + 1, 2t + 8, 2t + 9,
+        with the queries' high and low parts."""
+        queries = int32(memory + at_queries + row_bytes * (lane >> 2) + 16 * (lane & 3))
+        for i in range(8):
+            scores[i] = float32(0)
+        for i in range(2 * loads):
+            a0, a1, a2, a3 = shared_i32x4(queries + 64 * i)
+            for n in range(2):
+                j, m = 4 * (2 * (i >> 1) + n) + 2 * (i & 1), 4 * n
+                scores[m], scores[m + 1], scores[m + 2], scores[m + 3] = multiply_16x8x16(
+                    *(a0, a1, a2, a3, k[j], k[j + 1]), scores[m], scores[m + 1], scores[m + 2], scores[m + 3]
+                )
+
+    @device_function
+    def soften(scores, top, base, end, lowest, lane):
+        """scores[0 to 3]: weights of the lane's keys, relative to the largest score so far, which was `top`. That
+        score, and what earlier sums are now worth. Keys from `end` on and before `lowest` are not seen."""
+        larger, t = top, int32(lane & 3)
+        for i in range(4):
+            j = 4 * (i >> 1) + (i & 1)
+            key = int32(base + 2 * t + (i & 1) + 8 * (i >> 1))
+            scores[i] = scores[j] + scores[j + 2] if key < end and key >= lowest else float32(2 * NOTHING)
+            larger = max(larger, scores[i])
+        larger = max(larger, cuda.shfl_xor_sync(0xFFFFFFFF, larger, 1))
+        larger = max(larger, cuda.shfl_xor_sync(0xFFFFFFFF, larger, 2))
+        for i in range(4):
+            scores[i] = exp2(scores[i] - larger)  # 0 of what is not seen, even if nothing was so far
+        return larger, exp2(top - larger)
+
+    @device_function
+    def add_values(acc, v, scores, decay, lane):
+        """Adds the values with the weights of `soften` to the sums, float32 [d / 4], of heads 2t and 2t + 1."""
+        t = int32(lane & 3)
+        b0, b1 = round_halves(scores[0], scores[1]), round_halves(scores[2], scores[3])
+        c, d = halves_to_floats(b0)
+        low0 = round_halves(scores[0] - c, scores[1] - d)
+        c, d = halves_to_floats(b1)
+        low1 = round_halves(scores[2] - c, scores[3] - d)
+        even = cuda.shfl_sync(0xFFFFFFFF, decay, int32(8 * t))
+        odd = cuda.shfl_sync(0xFFFFFFFF, decay, int32(8 * t + 4))
+        for i in range(tiles):
+            j, m = 16 * (i >> 2) + (i & 3), 4 * i
+            a0, a1 = permute(v[j], v[j + 4], int32(0x5410)), permute(v[j], v[j + 4], int32(0x7632))
+            a2, a3 = permute(v[j + 8], v[j + 12], int32(0x5410)), permute(v[j + 8], v[j + 12], int32(0x7632))
+            c0, c1, c2, c3 = acc[m] * even, acc[m + 1] * odd, acc[m + 2] * even, acc[m + 3] * odd
+            c0, c1, c2, c3 = multiply_16x8x16(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)
+            c0, c1, c2, c3 = multiply_16x8x16(a0, a1, a2, a3, low0, low1, c0, c1, c2, c3)
+            acc[m], acc[m + 1], acc[m + 2], acc[m + 3] = c0, c1, c2, c3
+
+    @device_function
+    def write_piece(memory, acc, top, total, warp, lane):
+        """A warp's sums as its piece. top: of head g; total: of this lane's keys."""
+        t = int32(lane & 3)
         total += cuda.shfl_xor_sync(0xFFFFFFFF, total, 1)
         total += cuda.shfl_xor_sync(0xFFFFFFFF, total, 2)
         if t == 0 and lane < 4 * shared:
@@ -273,6 +261,39 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
         if 2 * t + 1 < shared:
             for i in range(2 * tiles):
                 shared_store_f32(at + piece_bytes + 32 * i, acc[2 * i + 1])
+
+    @device_function
+    def attend(memory, k, v, k_pages, v_pages, table, kv_heads, g, base, end, lowest, warp, lane):
+        """A warp: keys from `base` on, 16 of every 16 * warps, those before `lowest` not seen. The caller has fetched
+        the first ones, if base < end. Writes the warp's piece."""
+        base, end, lowest = int32(base), int32(end), int32(lowest)
+        acc = cuda.local.array(sums, float32)
+        scores = cuda.local.array(8, float32)
+        for i in range(sums):
+            acc[i] = float32(0)
+        top, total = float32(NOTHING), float32(0)
+        while base < end:
+            base = still(base)
+            following = int32(base + 16 * warps)
+            page = int32(0)
+            if following < end:
+                page = int32(table[following >> PAGE_BITS] * kv_heads + g)
+            compare(memory, k, scores, lane)
+            if not roomy:
+                fetch_values(v, v_pages, int32(table[base >> PAGE_BITS] * kv_heads + g), base, end, lane)
+            elif following < end:
+                fetch_keys(k, k_pages, page, following, end, lane)
+            top, decay = soften(scores, top, base, end, lowest, lane)
+            total *= decay
+            for i in range(4):
+                total += scores[i]
+            add_values(acc, v, scores, decay, lane)
+            if following < end and roomy:
+                fetch_values(v, v_pages, page, following, end, lane)
+            elif following < end:
+                fetch_keys(k, k_pages, page, following, end, lane)
+            base = following
+        write_piece(memory, acc, top, total, warp, lane)
 
     @device_function
     def own_key(memory, factor, h, lane, mine):
@@ -326,4 +347,6 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
         """The dimension of a position, and as well the position of a dimension."""
         return (position & ~63) | (position & 7) << 3 | (position >> 3 & 7)
 
-    return Core(fetch, fetch_from, prepare, attend, own_key, weigh, element, dimension)
+    return Core(
+        fetch, prepare, compare, soften, add_values, write_piece, attend, own_key, weigh, element, dimension
+    )

@@ -1,8 +1,9 @@
 """The attention step of the whole-token kernel: RoPE, the store into the cache, and attention over it.
 
 A block is one unit of query heads, which share a key/value head, and one part of the keys; most blocks have none where
-the text is short. Keys of earlier tokens are asked for before the step's own have come. Parts are merged by the block
-of the first, to which the others leave sums as pairs of a number and of the turn that it belongs to.
+the text is short. Earlier tokens' keys and values come through the ring, as weights do, long before they are needed
+(token_weights.py). Parts are merged by the block of the first, to which the others leave sums as pairs of a number and
+of the turn that it belongs to.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any
 from numba import cuda
 from numpy import float32, int32, int64, uint32
 
-from numbainfer.gpu.attention_core import KEYS, make_core
+from numbainfer.gpu.attention_core import KEYS, NOTHING, make_core
 from numbainfer.gpu.compile import device_function
-from numbainfer.gpu.pipeline import synchronize_threads
+from numbainfer.gpu.pipeline import barrier_wait, synchronize_threads
 from numbainfer.gpu.ptx import (
     LOG2_E,
     as_float,
@@ -33,8 +34,10 @@ from numbainfer.gpu.ptx import (
     reciprocal,
     shared_f32,
     shared_i32,
+    shared_i32x4,
     shared_i64,
     shared_store_f32,
+    shared_store_i32,
     shared_store_u16,
     shift_right,
     still,
@@ -43,7 +46,8 @@ from numbainfer.gpu.ptx import (
 from numbainfer.gpu.reduce import warp_max, warp_sum
 from numbainfer.gpu.rope import PAGE, PAGE_BITS, saturated
 from numbainfer.gpu.token_input import tagged
-from numbainfer.gpu.token_plan import K_PAGES, PAGES, Q_NORM, ROTATED, V_PAGES, WINDOW, Plan
+from numbainfer.gpu.token_plan import K_PAGES, Q_NORM, ROTATED, V_PAGES, WINDOW, Plan
+from numbainfer.gpu.token_weights import make_in_ring, make_share
 
 
 @device_function
@@ -56,33 +60,26 @@ def make_attention(plan: Plan) -> Any:
     """The step as a device function of the whole block."""
     head_dim, shared, warps, threads = plan.head_dim, plan.shared, plan.warps, 32 * plan.warps
     layout, core = plan.attention, make_core(plan.head_dim, plan.shared, plan.warps)
-    fetch_from, attend, weigh, element, dimension = (
-        core.fetch_from,
-        core.attend,
-        core.weigh,
-        core.element,
+    compare, soften, add_values, write_piece, dimension = (
+        core.compare,
+        core.soften,
+        core.add_values,
+        core.write_piece,
         core.dimension,
     )
+    in_ring, share = make_in_ring(plan.slots), make_share(warps, shared)
+    slot_bytes, chunk_bytes, half_chunk, chunks_shift = plan.slot, plan.chunk, plan.chunk // 2, plan.chunks_shift
+    attending, at_full, at_progress = plan.attending, plan.full, plan.progress
     area, at_angles = plan.area, plan.angles
-    at_pages, at_position, at_before, at_page_numbers = plan.pages, plan.position, plan.before, plan.page_numbers
+    at_pages, at_position, at_before = plan.pages, plan.position, plan.before
     at_queries, row_bytes = plan.area + layout.queries, layout.row
     at_key, at_value = plan.area + 4 * shared * head_dim, plan.area + 4 * (shared + 1) * head_dim
     at_values, piece_bytes = plan.area + layout.values, layout.piece
     at_tops, at_totals, at_summary = plan.area + layout.tops, plan.area + layout.totals, plan.area + layout.summary
     head_shift = head_dim.bit_length() - 1
-    width, words, per_lane = shared * head_dim, head_dim // 4, head_dim // 32
-    at_once = warps * KEYS  # keys of the block
+    width, words, per_lane, sums = shared * head_dim, head_dim // 4, head_dim // 32, head_dim // 4
+    loads, halves = head_dim // 32, head_dim // 64  # of 16 bytes: a lane's of a key; of a value's 64 dimensions
     batch = 16 if head_dim == 64 else 8  # parts that a thread merges at a time: there are registers for it
-
-    @device_function
-    def pages_of(row):
-        """The keys and values of a layer, as its row of the table has them."""
-        return halves_at(shared_i64(row)), halves_at(shared_i64(int32(row + 8 * (V_PAGES - K_PAGES))))
-
-    @device_function
-    def table_of(memory):
-        """The sequence's row of the page table."""
-        return words_at(shared_i64(int32(memory + at_pages)))
 
     @device_function
     def await_head(v, source, tag, lane):
@@ -111,6 +108,75 @@ def make_attention(plan: Plan) -> Any:
                 cos, sin = shared_f32(at), shared_f32(int32(at + 2 * head_dim))
                 first, second = v[j], v[j + per_lane // 2]
                 v[j], v[j + per_lane // 2] = first * cos - second * sin, second * cos + first * sin
+
+    @device_function
+    def load_keys(k, at, base, end, lane):
+        """As attention_core's fetch_keys, from a chunk in shared memory."""
+        for n in range(2):
+            row = min(int32(8 * n + (lane >> 2)), int32(end - base - 1))
+            from_row = int32(at + 2 * head_dim * row + 16 * (lane & 3))
+            for i in range(loads):
+                j = 4 * (2 * i + n)
+                k[j], k[j + 1], k[j + 2], k[j + 3] = shared_i32x4(int32(from_row + 64 * i))
+
+    @device_function
+    def load_values(v, at, base, end, lane):
+        """As fetch_values."""
+        for r in range(4):
+            row = min(int32(2 * (lane & 3) + (r & 1) + 8 * (r >> 1)), int32(end - base - 1))
+            from_row = int32(at + 2 * head_dim * row + 16 * (lane >> 2))
+            for i in range(halves):
+                j = 4 * (4 * i + r)
+                v[j], v[j + 1], v[j + 2], v[j + 3] = shared_i32x4(int32(from_row + 128 * i))
+
+    @device_function
+    def attend(memory, first, behind, start, end, lowest, warp, lane):
+        """A warp: every `attending`-th chunk of the part's keys. first: the slot of the first chunk; behind: the slot
+        behind the last one. Writes the warp's piece."""
+        acc, scores = cuda.local.array(sums, float32), cuda.local.array(8, float32)
+        k, v = cuda.local.array(words, int32), cuda.local.array(words, int32)
+        for i in range(sums):
+            acc[i] = float32(0)
+        top, total = float32(NOTHING), float32(0)
+        chunk, base = warp, int32(start + KEYS * warp)
+        while base < end:
+            slot, parity = in_ring(int32(first + shift_right(chunk, int32(chunks_shift))))
+            barrier_wait(int32(memory + at_full + 8 * slot), parity)
+            at = int32(memory + slot * slot_bytes + chunk_bytes * int32(chunk & ((1 << chunks_shift) - 1)))
+            load_keys(k, at, base, end, lane)
+            compare(memory + area, k, scores, lane)
+            load_values(v, int32(at + half_chunk), base, end, lane)
+            top, decay = soften(scores, top, base, end, lowest, lane)
+            cuda.syncwarp()  # all lanes have read
+            chunk, base = int32(chunk + attending), int32(base + KEYS * attending)
+            if lane == 0:
+                following = int32(first + shift_right(chunk, int32(chunks_shift)))
+                shared_store_i32(int32(memory + at_progress + 4 * warp), following if base < end else behind)
+            total *= decay
+            for i in range(4):
+                total += scores[i]
+            add_values(acc, v, scores, decay, lane)
+        write_piece(memory + area, acc, top, total, warp, lane)
+
+    @device_function
+    def blend(memory, pieces, i, lane):
+        """Element i of the pieces' sums, all together, by position in its head, which all lanes have in common; the
+        largest score, and the sum of weights relative to it."""
+        h, at = int32(i >> head_shift), int32(i & (head_dim - 1))
+        inside = lane < pieces
+        top = shared_f32(int32(memory + at_tops + 128 * h + 4 * lane)) if inside else float32(NOTHING)
+        weights = shared_f32(int32(memory + at_totals + 128 * h + 4 * lane)) if inside else float32(0)
+        largest = warp_max(top)
+        factor = exp2(top - largest) if inside else float32(0)
+        weights = warp_sum(factor * weights)
+        values, last = int32(memory + at_values + piece_bytes * h + 4 * at), int32(pieces - 1)
+        value, p = float32(0), int32(0)
+        while p < pieces:
+            for j in range(4):
+                part = shared_f32(int32(values + piece_bytes * shared * min(int32(p + j), last)))
+                value += cuda.shfl_sync(0xFFFFFFFF, factor, int32(p + j)) * part
+            p = int32(p + 4)
+        return value, largest, weights
 
     @device_function
     def merge(memory, values, statistics, place, active, mark, mixed, tag, thread, warp, lane):
@@ -159,29 +225,23 @@ def make_attention(plan: Plan) -> Any:
         """entry: where the layer's row of the table continues in shared memory."""
         position = shared_i32(int32(memory + at_position))
         turn = int32(shared_i32(int32(memory + at_before)) + layer)
-        unit, parts = shift_right(block, parts_shift), int32(int32(1) << parts_shift)
-        part, first_head, g = int32(block & int32(parts - 1)), int32(unit * shared), divide(unit, units_per_key)
         window = shared_i32(int32(entry + 8 * (WINDOW - K_PAGES)))
-        lowest = max(int32(0), int32(position + 1 - window)) if window else int32(0)
-        begin = int32(lowest & int32(-PAGE))
-        chunks = int32(uint32(position - begin + at_once - 1) // uint32(at_once))
-        per_part = max(int32(2), shift_right(int32(chunks + parts - 1), parts_shift))  # merging takes as long as one
-        active = max(int32(1), divide(int32(chunks + per_part - 1), per_part))
-        if first_head >= heads or part >= active:
+        start, end, size, here = share(position, window, block, heads, parts_shift)
+        if not here:
             return
-        start = int32(begin + part * per_part * at_once)
-        end = min(int32(start + per_part * at_once), position)
-        k_pages, v_pages = pages_of(entry)
-        k, v = cuda.local.array(words, int32), cuda.local.array(words, int32)
-        base = int32(start + KEYS * warp)
-        if base < end:
-            number = shift_right(base, int32(PAGE_BITS))
-            at = int32(memory + at_page_numbers + 4 * number)
-            page = shared_i32(at) if number < PAGES else table_of(memory)[number]
-            fetch_from(k, v, k_pages, v_pages, int32(page * kv_heads + g), base, end, lane)
+        unit = shift_right(block, parts_shift)
+        first_head, g = int32(unit * shared), divide(unit, units_per_key)
+        # own: the block that sees the step's own key. Where it is the first part's too, it is alone.
+        own, is_first = end == position, int32(block & int32((int32(1) << parts_shift) - 1)) == 0
+        alone = own and is_first
+        all_chunks = int32(uint32(max(int32(end - start), int32(0)) + KEYS - 1) // uint32(KEYS))
+        first = shared_i32(int32(memory + at_progress + 4 * warp))  # slot
+        behind = int32(first + int32(uint32(all_chunks + (1 << chunks_shift) - 1) >> uint32(chunks_shift)))
+        if lane == 0 and (warp >= all_chunks or warp >= attending):
+            shared_store_i32(int32(memory + at_progress + 4 * warp), behind)
         # Warps for the query heads, the key and the value; behind them some for the rows of zeros that tensor cores
         # take beside the queries.
-        tag, own = int32(turn & 3), part == int32(active - 1)  # own: the block that sees the step's own key
+        tag = int32(turn & 3)
         v_own, weights = cuda.local.array(per_lane, float32), cuda.local.array(per_lane, float32)
         norm = int64(0)
         if warp <= shared:
@@ -196,7 +256,6 @@ def make_attention(plan: Plan) -> Any:
             if warp <= shared:
                 rotated = shared_i32(int32(entry + 8 * (ROTATED - K_PAGES))) != 0
                 turn_head(memory, v_own, norm, weights, eps, rotated, lane)
-        synchronize_threads(1, threads)
         if warp < shared or (warp >= shared + 2 and warp < 10):
             # Where attention_core.Layout.queries has elements lane + 32 j.
             word = int32(lane >> 1)
@@ -209,8 +268,10 @@ def make_attention(plan: Plan) -> Any:
                 shared_store_u16(int32(to + 128 * j), high)
                 shared_store_u16(int32(to + 128 * j + 4), float_to_half(value - half_to_float(high)))
         elif warp < shared + 2 and own:
-            k_pages, v_pages = pages_of(entry)  # once more: registers are for the keys meanwhile
-            own_page, in_page = int64(table_of(memory)[position >> PAGE_BITS]), position & (PAGE - 1)
+            k_pages = halves_at(shared_i64(entry))
+            v_pages = halves_at(shared_i64(int32(entry + 8 * (V_PAGES - K_PAGES))))
+            table = words_at(shared_i64(int32(memory + at_pages)))
+            own_page, in_page = int64(table[position >> PAGE_BITS]), position & (PAGE - 1)
             slot = ((own_page * kv_heads + g) * PAGE + in_page) * head_dim + lane
             for j in range(per_lane):
                 bits = float_to_half(saturated(v_own[j]))
@@ -222,8 +283,7 @@ def make_attention(plan: Plan) -> Any:
                 else:
                     v_pages[slot + 32 * j] = bits
         synchronize_threads(1, threads)
-        seen = max(int32(end - start), int32(0))
-        pieces = min(int32(uint32(seen + KEYS - 1) // uint32(KEYS)), int32(warps))  # warps that have keys
+        pieces = min(all_chunks, int32(attending))  # warps that have keys
         if own:
             if warp < shared:
                 score = float32(0)
@@ -237,36 +297,31 @@ def make_attention(plan: Plan) -> Any:
                     at = int32(memory + 128 * warp + 4 * pieces)
                     shared_store_f32(int32(at + at_tops), score)
                     shared_store_f32(int32(at + at_totals), float32(1))
-            pieces = int32(pieces + 1)
-        if base < end:
-            k_pages, v_pages = pages_of(entry)
-            attend(memory + area, k, v, k_pages, v_pages, table_of(memory), kv_heads, g, base, end, lowest, warp, lane)
-        synchronize_threads(1, threads)
-        if warp < shared:
-            weigh(memory + area, pieces, warp, lane)
+        if warp < pieces:
+            lowest = max(int32(0), int32(position + 1 - window)) if window else int32(0)
+            attend(memory, first, behind, start, end, lowest, warp, lane)
         synchronize_threads(1, threads)
 
-        # Once more: in registers meanwhile they would be in the keys' way.
-        place, turn = block, int32(shared_i32(int32(memory + at_before)) + layer)
-        tag, mark = int32(turn & 3), (int64(turn) & int64(0x3FFFFFFF)) + 1
-        result = mixed + 4 * head_dim * int64(shift_right(still(block), parts_shift) * shared)
+        pieces = int32(pieces + (1 if own else 0))
+        mark = (int64(turn) & int64(0x3FFFFFFF)) + 1
+        result = mixed + 4 * head_dim * int64(first_head)
         i = thread
-        while i < width:
+        while i < width:  # of a warp all or none
             h, at = int32(i >> head_shift), int32(i & (head_dim - 1))
-            value = element(memory + area, pieces, h, at)
-            if active == 1:
-                value *= reciprocal(shared_f32(memory + at_summary + 8 * h + 4))
+            value, largest, total = blend(memory, pieces, i, lane)
+            if alone:
+                value *= reciprocal(total)
                 post_i32(result + 4 * int32(h * head_dim + dimension(at)), tagged(value, tag))
             else:
-                post_i64(part_values + 8 * int32(place * width + i), marked(value, mark))
+                post_i64(part_values + 8 * int32(block * width + i), marked(value, mark))
+                if at < 2:
+                    statistic = largest if at == 0 else total
+                    to = int32(int32(block * shared + h) * 2 + at)
+                    post_i64(part_statistics + 8 * to, marked(statistic, mark))
             i = int32(i + threads)
-        if active > 1:
-            if thread < 2 * shared:
-                total = shared_f32(memory + at_summary + 4 * thread)
-                post_i64(part_statistics + 8 * int32(place * 2 * shared + thread), marked(total, mark))
+        if is_first and not alone:
+            active = divide(int32(position - start + size - 1), size)
             synchronize_threads(1, threads)
-            if part == 0:
-                merge(memory, part_values, part_statistics, place, active, mark, result, tag, thread, warp, lane)
-        synchronize_threads(1, threads)
+            merge(memory, part_values, part_statistics, block, active, mark, result, tag, thread, warp, lane)
 
     return attention

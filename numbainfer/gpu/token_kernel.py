@@ -96,9 +96,9 @@ def tagged_key(key, tag):
 
 
 @family(
-    (64, 4, 16, 2048, 8192, 64, 2048, 972, 23, 3, 565, 16),
-    (64, 7, 24, 896, 4864, 64, 1216, 1152, 21, 3, 565, 16),
-    (128, 4, 32, 4096, 14336, 64, 2048, 1944, 11, 3, 987, 16),
+    (64, 4, 16, 2048, 8192, 64, 2048, 972, 23, 3, 4367, 16),
+    (64, 7, 24, 896, 4864, 64, 1216, 1152, 21, 3, 4367, 16),
+    (128, 4, 32, 4096, 14336, 64, 2048, 1944, 11, 3, 4367, 16),
 )
 def _token(*numbers: int) -> Kernel:
     plan = Plan(*numbers)
@@ -106,9 +106,10 @@ def _token(*numbers: int) -> Kernel:
     values, norm_quads, norm_values, code_words = 4 * plan.quads, plan.norm_quads, 4 * plan.norm_quads, 8 * copies
     at_full, at_progress, at_copied, at_table = plan.full, plan.progress, plan.copied, plan.table
     at_shapes, at_angles, at_squares, at_own, at_sums = plan.shapes, plan.angles, plan.squares, plan.own, plan.sums
-    at_pages, at_position, at_before, at_page_numbers = plan.pages, plan.position, plan.before, plan.page_numbers
+    at_pages, at_position, at_before = plan.pages, plan.position, plan.before
+    at_begun, at_page_numbers = plan.begun, plan.page_numbers
     shift = plan.group.bit_length() - 1
-    attend, (copy_weights, fetch_ahead) = make_attention(plan), make_movers(plan)
+    attend, (copy_all, fetch_ahead) = make_attention(plan), make_movers(plan)
     load_part, multiply = make_products(plan)
     await_numbers, embed, quantize = make_input(plan)
     give_registers, take_registers = fewer_registers(32), more_registers(112)
@@ -170,6 +171,7 @@ def _token(*numbers: int) -> Kernel:
         pages, position = address(page_table) + 4 * int64(sequences[0]) * pages_per_sequence, positions[0]
         if thread == 0:
             shared_store_i32(int32(memory + at_copied), int32(0))
+            shared_store_i32(int32(memory + at_begun), int32(0))
             shared_store_i64(memory + at_pages, pages)
             shared_store_i32(int32(memory + at_position), position)
             shared_store_i32(int32(memory + at_before), int32(state[0] * layers))
@@ -182,9 +184,9 @@ def _token(*numbers: int) -> Kernel:
         if warp >= warps:
             give_registers()
             if warp == warps:
-                copy_weights(memory, layers, with_head, lane)
+                copy_all(memory, layers, with_head, lane, block, heads, kv_heads, units_per_key, parts_shift)
             elif warp == warps + 1:
-                fetch_ahead(memory, layers, with_head, lane)
+                fetch_ahead(memory, layers, with_head, lane, block, heads, kv_heads, units_per_key, parts_shift)
             return
         take_registers()
 
@@ -270,6 +272,8 @@ def _token(*numbers: int) -> Kernel:
                     shared_store_f32(int32(memory + at_squares + 4 * warp), squares)
             quantize(memory, v, width, thread)
             synchronize()
+            if layer == 0 and thread == 0:
+                shared_store_i32(int32(memory + at_begun), int32(1))
 
             # Products: a warp's parts are of the same columns, whose activations stay in registers. `times` slots hold
             # a matrix's rows, so many `rows` each.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 
-from numbainfer.gpu.attention_core import Layout
+from numbainfer.gpu.attention_core import KEYS, Layout
 
 WARPS = 16
 MOST_PART = 2048  # bytes of a row that a warp takes at a time
@@ -34,8 +34,8 @@ class Plan:
     """The kernel's constants, and by them the layout of a block's shared memory, in bytes.
 
     widest: of the matrices' inputs; part: most columns of a row that a warp takes at a time; items: most of these that
-    a block has of a matrix; slots: of the ring; in_flight: those that copies are under way to; pause: cycles between
-    two slots that are fetched ahead; warps: that multiply.
+    a block has of a matrix; slots: of the ring; in_flight: those that copies are under way to; pace: cycles for 64 KiB
+    that are fetched ahead; warps: that multiply.
     """
 
     head_dim: int
@@ -48,7 +48,7 @@ class Plan:
     items: int
     slots: int
     in_flight: int
-    pause: int
+    pace: int
     warps: int
 
     @property
@@ -82,6 +82,24 @@ class Plan:
         return self.slot_codes + (2 * (self.slot_codes // self.group) + 45) // 16 * 16
 
     @property
+    def chunk(self) -> int:
+        """Of a slot with keys and values: a warp's KEYS keys, then their values."""
+        return 4 * KEYS * self.head_dim
+
+    @property
+    def chunks_shift(self) -> int:
+        """How many chunks a slot has, as a power of 2; a warp copies each half by itself."""
+        return min(16, self.slot_codes // self.chunk).bit_length() - 1
+
+    @property
+    def attending(self) -> int:
+        """Warps that take keys in turn: all, if the ring is long enough for their chunks."""
+        warps = self.warps
+        while warps > 1 and slots_of(warps, self.chunks_shift) + IN_FLIGHT > self.slots:
+            warps //= 2
+        return warps
+
+    @property
     def full(self) -> int:
         """Barriers: a slot is full."""
         return self.slots * self.slot
@@ -95,6 +113,11 @@ class Plan:
     def copied(self) -> int:
         """Of the copying warp: the number of slots that it filled."""
         return self.progress + 4 * self.warps
+
+    @property
+    def begun(self) -> int:
+        """Whether the numbers of pages are there, and what earlier tokens left in them."""
+        return self.copied + 4
 
     @property
     def table(self) -> int:
@@ -157,6 +180,11 @@ class Plan:
         return max(self.scales + 4 * (self.widest // self.group), self.area + self.attention.nbytes)
 
 
+def slots_of(chunks: int, chunks_shift: int) -> int:
+    """Slots for so many chunks of keys and values."""
+    return -(-chunks >> chunks_shift)
+
+
 @dataclass(frozen=True)
 class Shape:
     """A kind of matrix. pairs: its rows, or where it is gate and up, half of them; parts: of each row, each for a warp
@@ -205,8 +233,9 @@ def make_plan(
         plan = Plan(head_dim, shared, layers, hidden, widest, group, part, items, slots, IN_FLIGHT, 0, warps)
         if plan.nbytes <= most:
             way = max(longest_way(shape, blocks, plan.slot_codes, warps) for shape in shapes)
-            pause = int(plan.slot / max(1.0, FETCH_RATE * memory_rate))
-            return replace(plan, in_flight=min(IN_FLIGHT, slots - way), pause=pause) if way < slots else None
+            way = max(way, slots_of(plan.attending, plan.chunks_shift))
+            pace = int(65536 / max(1.0, FETCH_RATE * memory_rate))
+            return replace(plan, in_flight=min(IN_FLIGHT, slots - way), pace=pace) if way < slots else None
     return None
 
 

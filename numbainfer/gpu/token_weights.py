@@ -1,10 +1,10 @@
-"""How a block of the whole-token kernel brings its weights: one warp copies, another fetches ahead, 16 multiply
+"""How a block of the whole-token kernel brings what it reads: one warp copies, another fetches ahead, 16 work
 (token_kernel.py).
 
-The ring is some slots of shared memory, each for as many rows of a matrix as fit, with their scales. A slot has a
-barrier that its copies complete (`full`). None says that it is empty: each warp says how far it is (`progress`), and a
-slot is free when all are past it. Most rows are none of a warp's, and it does not wait for them: token_plan.longest_way
-says how far it may go.
+The ring is some slots of shared memory, each for as many rows of a matrix as fit, with their scales, or for some chunks
+of the sequence's earlier keys and values. A slot has a barrier that its copies complete (`full`). None says that it is
+empty: each warp says how far it is (`progress`), and a slot is free when all are past it. Most of what is in the slots
+is none of a warp's, and it does not wait for that: token_plan.longest_way says how far it may go.
 """
 
 from __future__ import annotations
@@ -15,10 +15,22 @@ from typing import Any, NamedTuple
 from numba import cuda
 from numpy import int32, int64, uint32
 
+from numbainfer.gpu.attention_core import KEYS
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.pipeline import barrier_wait, copy_bulk, expect_bytes, prefetch_bulk
-from numbainfer.gpu.ptx import clock, shared_i32, shared_i32x4, shared_i64, shared_peek_i32, shared_store_i32
-from numbainfer.gpu.token_plan import COLUMNS, FETCHED, HEAD_SHAPE, RUNS, SHAPE, Plan
+from numbainfer.gpu.ptx import (
+    clock,
+    divide,
+    load_i32,
+    shared_i32,
+    shared_i32x4,
+    shared_i64,
+    shared_peek_i32,
+    shared_store_i32,
+    shift_right,
+)
+from numbainfer.gpu.rope import PAGE, PAGE_BITS
+from numbainfer.gpu.token_plan import COLUMNS, FETCHED, HEAD_SHAPE, K_PAGES, PAGES, RUNS, SHAPE, V_PAGES, WINDOW, Plan
 
 
 @cache
@@ -33,106 +45,137 @@ def make_in_ring(slots: int) -> Any:
     return in_ring
 
 
-class Movers(NamedTuple):
-    """What the warps that don't multiply do, as device functions."""
+@cache
+def make_share(warps: int, shared: int) -> Any:
+    """The function that says which of the earlier keys of a layer are a block's, in attention."""
+    at_once = warps * KEYS
 
-    copy_weights: Any
+    @device_function
+    def share(position, window, block, heads, parts_shift):
+        """A block is one unit of query heads and one part of the keys: those from `start` on that are before `end`;
+        `size`, of a part. here: whether the block is one of those that have a part, if an empty one."""
+        unit, part = shift_right(block, parts_shift), int32(block & int32((int32(1) << parts_shift) - 1))
+        begin = int32(max(int32(0), int32(position + 1 - window)) & int32(-PAGE)) if window else int32(0)
+        rounds = int32(uint32(position - begin + at_once - 1) // uint32(at_once))
+        of_part = shift_right(int32(rounds + int32((int32(1) << parts_shift) - 1)), parts_shift)
+        size = int32(max(int32(2), of_part) * at_once)  # merging takes as long as one round
+        start = int32(begin + part * size)
+        here = int32(unit * shared) < heads and (part == 0 or start < position)
+        return start, min(int32(start + size), position), size, here
+
+    return share
+
+
+class Movers(NamedTuple):
+    """What the warps that don't work do, as device functions."""
+
+    copy_all: Any
     fetch_ahead: Any
 
 
 def make_movers(plan: Plan) -> Movers:
     """The functions for a plan."""
-    warps, slots, in_flight = plan.warps, plan.slots, plan.in_flight
+    warps, slots, in_flight, pace = plan.warps, plan.slots, plan.in_flight, plan.pace
     slot_bytes, slot_codes, in_ring = plan.slot, plan.slot_codes, make_in_ring(plan.slots)
     at_full, at_progress, at_table, at_shapes = plan.full, plan.progress, plan.table, plan.shapes
-    at_copied = plan.copied
-    shift, pause = plan.group.bit_length() - 1, plan.pause
+    at_copied, at_pages, at_page_numbers, at_begun = plan.copied, plan.pages, plan.page_numbers, plan.begun
+    at_position = plan.position
+    shift, share = plan.group.bit_length() - 1, make_share(plan.warps, plan.shared)
+    half_chunk, chunks, row = plan.chunk // 2, 1 << plan.chunks_shift, 2 * plan.head_dim
 
     @device_function
-    def begin(memory, layers, layer, run):
-        """The first of a matrix's slots: layer and run; where codes and scales are that it is filled with; how many of
-        the block's rows are left, how many a slot takes, and bytes of a row's codes and scales."""
-        shape = int32(HEAD_SHAPE) if layer == layers else int32(run - (run > 2))  # up's is gate's
-        at = int32(memory + at_shapes + 4 * SHAPE * shape)
-        first, left, width, _ = shared_i32x4(at)
-        pointers = int32(memory + at_table + 8 * COLUMNS * layer + 16 * run)
-        codes = shared_i64(pointers) + int64(first) * width
-        scale_row = int32(int32(width >> shift) << 1)
-        scales = shared_i64(int32(pointers + 8)) + int64(first) * scale_row
-        return layer, run, codes, scales, left, shared_i32(int32(at + 20)), width, scale_row
+    def copy(memory, number, lane, source, size, to, total):
+        """Fills slot `number` with `total` bytes: each lane with `size` of its own, from `source` to place `to`."""
+        if number >= slots and lane < warps:  # all warps have to be done with what is in the slot
+            while shared_peek_i32(int32(memory + at_progress + 4 * lane)) <= int32(number - slots):
+                pass
+        cuda.syncwarp()
+        # No more under way than memory needs: what blocks exchange would have to queue behind it. The first times
+        # through, the phase before a new barrier's first one counts as complete.
+        slot, _ = in_ring(number)
+        before, parity = in_ring(int32(number + slots - in_flight))
+        barrier_wait(int32(memory + at_full + 8 * before), int32(parity ^ 1))
+        full = int32(memory + at_full + 8 * slot)
+        if lane == 0:
+            expect_bytes(full, total)
+            shared_store_i32(int32(memory + at_copied), int32(number + 1))
+        cuda.syncwarp()
+        if size > 0:
+            copy_bulk(int32(memory + slot * slot_bytes + to), source, size, full)
 
     @device_function
-    def following(memory, layers, filling):
-        """What the next slot is filled with."""
-        layer, run, codes, scales, left, rows, width, scale_row = filling
-        if left > rows:
-            return (
-                layer,
-                run,
-                codes + rows * width,
-                scales + rows * scale_row,
-                int32(left - rows),
-                rows,
-                width,
-                scale_row,
-            )
-        if run == RUNS - 1:
-            return begin(memory, layers, int32(layer + 1), int32(0))
-        return begin(memory, layers, layer, int32(run + 1))
-
-    @device_function
-    def exists(layers, with_head, filling):
-        """Whether it is one of the model's."""
-        layer, run, _, _, _, _, _, _ = filling
-        return layer < layers or (layer == layers and run < with_head)
-
-    @device_function
-    def pieces(filling):
-        """Where its codes and its scales are, and bytes of both; copies begin and end at multiples of 16."""
-        _, _, codes, scales, left, rows, width, scale_row = filling
-        some, lead = min(rows, left), int32(scales) & int32(15)
-        return codes, int32(some * width), scales - lead, int32(int32(lead + some * scale_row + 15) & int32(-16))
-
-    @device_function
-    def copy_weights(memory, layers, with_head, lane):
-        """The copying warp: brings the block's rows of all matrices to the slots of the ring, some at a time."""
-        filling, number = begin(memory, layers, int32(0), int32(0)), int32(0)
-        while exists(layers, with_head, filling):
-            if number >= slots and lane < warps:  # all warps have to be done with what is in the slot
-                while shared_peek_i32(int32(memory + at_progress + 4 * lane)) <= int32(number - slots):
-                    pass
-            cuda.syncwarp()
-            # No more under way than memory needs: what blocks exchange would have to queue behind it. The first
-            # times through, the phase before a new barrier's first one counts as complete.
-            slot, _ = in_ring(number)
-            before, parity = in_ring(int32(number + slots - in_flight))
-            barrier_wait(int32(memory + at_full + 8 * before), int32(parity ^ 1))
-            codes, size, scales, scale_bytes = pieces(filling)
-            if lane == 0:
-                full, to = int32(memory + at_full + 8 * slot), int32(memory + slot * slot_bytes)
-                expect_bytes(full, int32(size + scale_bytes))
-                copy_bulk(to, codes, size, full)
-                copy_bulk(int32(to + slot_codes), scales, scale_bytes, full)
-                shared_store_i32(int32(memory + at_copied), int32(number + 1))
-            filling, number = following(memory, layers, filling), int32(number + 1)
-
-    @device_function
-    def fetch_ahead(memory, layers, with_head, lane):
-        """Another warp: brings what the slots will be filled with to the second-level cache, some slots ahead of the
-        copying warp, so that memory goes on where the ring is full, and copies have a short way."""
-        filling, number = begin(memory, layers, int32(0), int32(0)), int32(0)
-        while exists(layers, with_head, filling):
+    def fetch(memory, number, lane, source, size, to, total):
+        """Brings what `copy` will fill slot `number` with to the second-level cache."""
+        copied = shared_peek_i32(int32(memory + at_copied))
+        while number >= int32(copied + FETCHED):
             copied = shared_peek_i32(int32(memory + at_copied))
-            while number >= int32(copied + FETCHED):
-                copied = shared_peek_i32(int32(memory + at_copied))
-            if number >= copied:
-                start = clock()
-                codes, size, scales, scale_bytes = pieces(filling)
-                if lane == 0:
-                    prefetch_bulk(codes, size)
-                    prefetch_bulk(scales, scale_bytes)
-                while int32(clock() - start) < pause:
-                    pass
-            filling, number = following(memory, layers, filling), int32(number + 1)
+        if number >= copied:
+            start = clock()
+            if size > 0:
+                prefetch_bulk(source, size)
+            pause = shift_right(int32(total * pace), int32(16))
+            while int32(clock() - start) < pause:
+                pass
 
-    return Movers(copy_weights, fetch_ahead)
+    def make_walk(visit: Any) -> Any:
+        """The function that visits all that the block reads, in the order of its use."""
+
+        @device_function
+        def walk_keys(memory, row_of_table, number, lane, block, heads, kv_heads, units_per_key, parts_shift):
+            """Keys and values: lanes are chunks' halves."""
+            while shared_peek_i32(int32(memory + at_begun)) == 0:
+                pass
+            window = shared_i32(int32(row_of_table + 8 * WINDOW))
+            base, end, _, here = share(shared_i32(int32(memory + at_position)), window, block, heads, parts_shift)
+            end = end if here else base
+            g, chunk = divide(shift_right(block, parts_shift), units_per_key), int32(lane >> 1)
+            pages = shared_i64(int32(row_of_table + 8 * (V_PAGES if lane & 1 else K_PAGES)))
+            while base < end:
+                some = min(int32(chunks), int32(uint32(end - base + KEYS - 1) // uint32(KEYS)))
+                key = int32(base + KEYS * chunk)
+                source, size = int64(0), int32(0)
+                if chunk < some:
+                    size, page = int32(half_chunk), shift_right(key, int32(PAGE_BITS))
+                    if page < PAGES:
+                        page = shared_i32(int32(memory + at_page_numbers + 4 * page))
+                    else:
+                        page = load_i32(shared_i64(int32(memory + at_pages)) + 4 * page)
+                    in_page = int32(key & int32(PAGE - 1))
+                    source = pages + int64(int32(page * kv_heads + g)) * (PAGE * row) + int32(in_page * row)
+                visit(memory, number, lane, source, size, int32(half_chunk * lane), int32(2 * half_chunk * some))
+                base, number = int32(base + KEYS * chunks), int32(number + 1)
+            return number
+
+        @device_function
+        def walk(memory, layers, with_head, lane, block, heads, kv_heads, units_per_key, parts_shift):
+            number, layer = int32(0), int32(0)
+            while layer <= layers:
+                runs = int32(RUNS) if layer < layers else int32(with_head)
+                run = int32(0)
+                while run < runs:
+                    shape = int32(HEAD_SHAPE) if layer == layers else int32(run - (run > 2))  # up's is gate's
+                    shape_at = int32(memory + at_shapes + 4 * SHAPE * shape)
+                    first, left, width, _ = shared_i32x4(shape_at)
+                    rows = shared_i32(int32(shape_at + 20))
+                    row_of_table = int32(memory + at_table + 8 * COLUMNS * layer)
+                    # Lane 0 has the codes, lane 1 the scales, whose copies begin and end at multiples of 16.
+                    a_row = int32(int32(width >> shift) << 1) if lane else width
+                    pointer = int32(row_of_table + 16 * run + (8 if lane else 0))
+                    source = shared_i64(pointer) + int64(first) * a_row
+                    while left > 0:
+                        lead = int32(source) & int32(15)
+                        size = int32(int32(lead + min(rows, left) * a_row + 15) & int32(-16)) if lane < 2 else int32(0)
+                        to, total = int32(slot_codes) if lane else int32(0), size
+                        total = int32(total + cuda.shfl_xor_sync(0xFFFFFFFF, size, 1))
+                        visit(memory, number, lane, source - lead, size, to, total)
+                        source, left, number = source + rows * a_row, int32(left - rows), int32(number + 1)
+                    if run == 0 and layer < layers:
+                        number = walk_keys(
+                            memory, row_of_table, number, lane, block, heads, kv_heads, units_per_key, parts_shift
+                        )
+                    run = int32(run + 1)
+                layer = int32(layer + 1)
+
+        return walk
+
+    return Movers(make_walk(copy), make_walk(fetch))
