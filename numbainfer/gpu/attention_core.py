@@ -347,6 +347,4 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
         """The dimension of a position, and as well the position of a dimension."""
         return (position & ~63) | (position & 7) << 3 | (position >> 3 & 7)
 
-    return Core(
-        fetch, prepare, compare, soften, add_values, write_piece, attend, own_key, weigh, element, dimension
-    )
+    return Core(fetch, prepare, compare, soften, add_values, write_piece, attend, own_key, weigh, element, dimension)

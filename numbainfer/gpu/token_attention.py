@@ -40,7 +40,6 @@ from numbainfer.gpu.ptx import (
     shared_store_i32,
     shared_store_u16,
     shift_right,
-    still,
     words_at,
 )
 from numbainfer.gpu.reduce import warp_max, warp_sum
@@ -256,6 +255,7 @@ def make_attention(plan: Plan) -> Any:
             if warp <= shared:
                 rotated = shared_i32(int32(entry + 8 * (ROTATED - K_PAGES))) != 0
                 turn_head(memory, v_own, norm, weights, eps, rotated, lane)
+        synchronize_threads(1, threads)  # who still multiplies reads its input where the queries will be
         if warp < shared or (warp >= shared + 2 and warp < 10):
             # Where attention_core.Layout.queries has elements lane + 32 j.
             word = int32(lane >> 1)
@@ -284,19 +284,18 @@ def make_attention(plan: Plan) -> Any:
                     v_pages[slot + 32 * j] = bits
         synchronize_threads(1, threads)
         pieces = min(all_chunks, int32(attending))  # warps that have keys
-        if own:
-            if warp < shared:
-                score = float32(0)
-                to = int32(memory + at_values + piece_bytes * (shared * pieces + warp))
-                for j in range(per_lane):
-                    i = int32(lane + 32 * j)
-                    score += v_own[j] * shared_f32(int32(memory + at_key + 4 * i))
-                    shared_store_f32(int32(to + 4 * dimension(i)), shared_f32(int32(memory + at_value + 4 * i)))
-                score = warp_sum(score) * factor
-                if lane == 0:
-                    at = int32(memory + 128 * warp + 4 * pieces)
-                    shared_store_f32(int32(at + at_tops), score)
-                    shared_store_f32(int32(at + at_totals), float32(1))
+        if own and warp < shared:
+            score = float32(0)
+            to = int32(memory + at_values + piece_bytes * (shared * pieces + warp))
+            for j in range(per_lane):
+                i = int32(lane + 32 * j)
+                score += v_own[j] * shared_f32(int32(memory + at_key + 4 * i))
+                shared_store_f32(int32(to + 4 * dimension(i)), shared_f32(int32(memory + at_value + 4 * i)))
+            score = warp_sum(score) * factor
+            if lane == 0:
+                at = int32(memory + 128 * warp + 4 * pieces)
+                shared_store_f32(int32(at + at_tops), score)
+                shared_store_f32(int32(at + at_totals), float32(1))
         if warp < pieces:
             lowest = max(int32(0), int32(position + 1 - window)) if window else int32(0)
             attend(memory, first, behind, start, end, lowest, warp, lane)

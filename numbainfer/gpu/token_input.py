@@ -78,8 +78,10 @@ def make_input(plan: Plan) -> Input:
                 v[4 * j + b] = float32(codes[start + 4 * quad + b]) * scale if known else float32(0)
 
     @device_function
-    def quantize(memory, v, width, thread):
-        """A thread's quads to shared memory, as quantization.QuantizedRows has them, but for low bytes of -128."""
+    def quantize(memory, v, squares, width, thread):
+        """A thread's quads to shared memory, as quantization.QuantizedRows has them, but for low bytes of -128.
+
+        Returns the warp's sum of `squares`: its shuffles hide behind those for the largest."""
         for j in range(quads):
             quad = int32(thread + int32(threads * j))
             if int32(quad & int32(-32)) < int32(width >> 2):  # of a warp any
@@ -87,10 +89,11 @@ def make_input(plan: Plan) -> Input:
                 largest = larger(abs(v[4 * j]), abs(v[4 * j + 1]))
                 largest = larger(largest, larger(abs(v[4 * j + 2]), abs(v[4 * j + 3])))
                 largest = largest if inside else float32(0)
-                step = group_lanes // 2
-                while step:
-                    largest = larger(largest, cuda.shfl_xor_sync(0xFFFFFFFF, largest, step))
-                    step //= 2
+                for step in (16, 8, 4, 2, 1):
+                    if j == 0:
+                        squares += cuda.shfl_xor_sync(0xFFFFFFFF, squares, step)
+                    if step < group_lanes:
+                        largest = larger(largest, cuda.shfl_xor_sync(0xFFFFFFFF, largest, step))
                 inverse = TOP * reciprocal(largest) if largest > TINY else float32(0)
                 a, b = round_to_int(v[4 * j] * inverse), round_to_int(v[4 * j + 1] * inverse)
                 c, d = round_to_int(v[4 * j + 2] * inverse), round_to_int(v[4 * j + 3] * inverse)
@@ -104,5 +107,6 @@ def make_input(plan: Plan) -> Input:
                     shared_store_i32(int32(at + widest), low)
                     if quad & int32(group_lanes - 1) == 0:
                         shared_store_f32(int32(memory + at_scales + 4 * (quad >> (shift - 2))), largest / TOP)
+        return squares
 
     return Input(await_numbers, embed, quantize)
