@@ -181,10 +181,9 @@ def ways(shape: Shape, blocks: int, slot_codes: int) -> Iterator[int]:
     for count in {(b + 1) * shape.pairs // blocks - b * shape.pairs // blocks for b in range(blocks)}:
         most = slot_codes // shape.width
         rows = (count - 1) // -(-count // most) + 1
-        slots = -(-count // rows)
         for warp in range(16):
             mine = range(warp // shape.parts, count, 16 // shape.parts)
-            at = [half * slots + row // rows for half in range(shape.halves) for row in mine]
+            at = [shape.halves * (row // rows) + half for row in mine for half in range(shape.halves)]
             yield from (b - a for a, b in pairwise(at))
 
 

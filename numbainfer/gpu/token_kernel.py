@@ -250,6 +250,9 @@ def _token(*numbers: int) -> Kernel:
             elif gated:
                 target, target_tag = address(inner), turn
             target = still_i64(target + 4 * int64(first))
+            scales_of = int32(row_of_table + 16 * (m + (step == DOWN)) + 8)
+            before = int32(first * int32(int32(width >> shift) << 1))
+            lead, up_lead = int32(shared_i32(scales_of) + before), int32(shared_i32(int32(scales_of + 16)) + before)
 
             # The step's input, quantized. A norm's factor is the same for all columns: it comes last.
             if step == QKV and layer == 0:
@@ -293,23 +296,16 @@ def _token(*numbers: int) -> Kernel:
                 factor = inverse_root(squares / float32(width) + eps)
             # Products: a warp's parts are of the same columns, whose activations stay in registers.
             load_part(memory, words, word_scales, start, end, lane)
-            to, of_pass = int32(memory + at_sums + 4 * warp), int32(0)
-            while True:  # gate and up are two passes
-                scales = shared_i32(int32(row_of_table + 16 * (m + of_pass + (step == DOWN)) + 8))
-                lead = int32(scales + first * int32(int32(width >> shift) << 1))
-                is_last = not gated or of_pass == 1
-                multiply(
-                    memory, words, word_scales, start, end, width, shift_right(warp, log_parts), stride, count,
-                    rows, inverse, number, lead, to, warp, lane,
-                    at_once and is_last, gated, residual, bias != 0, early, early_up, factor, target, target_tag,
-                )  # fmt: skip
-                number = int32(number + times)
-                if lane == 0:
-                    shared_store_i32(int32(memory + at_progress + 4 * warp), number)
-                cuda.syncwarp()  # all lanes see it, and gate's sums
-                if is_last:
-                    break
-                to, of_pass = int32(to + 4 * of_block), int32(1)
+            multiply(
+                memory, words, word_scales, start, end, width, shift_right(warp, log_parts), stride, count, of_block,
+                rows, inverse, number, lead, up_lead, warp, lane, at_once, gated, residual, bias != 0, early, early_up,
+                factor, target, target_tag,
+            )  # fmt: skip
+            if lane == 0:
+                shared_store_i32(
+                    int32(memory + at_progress + 4 * warp), int32(number + (2 * times if gated else times))
+                )
+            cuda.syncwarp()  # all lanes see it
 
             best = SMALLEST
             if not at_once:

@@ -15,13 +15,11 @@ IN_FLIGHT = 3  # slots that copies are under way to, at most: more would only ho
 FETCHED = 8  # slots that are brought to the second-level cache ahead of the copies to the ring
 FETCH_RATE = 1.17  # how fast, as a share of what memory can do at most: faster, they are in the copies' way
 
-# A layer's weights are streamed as five runs: a matrix each, or gate and up by themselves, which have one shape.
-RUNS = 5
 SHAPES = 5  # of matrices: QKV, attention's output, gate and up, down, head
-OUTPUT_SHAPE, HEAD_SHAPE = 1, 4
+OUTPUT_SHAPE, GATE_SHAPE, HEAD_SHAPE = 1, 2, 4
 
-# Columns of the table of pointers, int64 [layers + 1, COLUMNS]: codes and scales of each run, biases, norms, the rest
-# of the layer. The row behind the layers is the head's: its run 0, and the norm before it.
+# Columns of the table of pointers, int64 [layers + 1, COLUMNS]: codes and scales of QKV, output, gate, up and down;
+# biases, norms, the rest of the layer. The row behind the layers is the head's, as QKV, and the norm's before it.
 BIAS, UP_BIAS, DOWN_BIAS, NORM, MLP_NORM = 10, 13, 14, 15, 16  # BIAS: of QKV, output, gate
 K_PAGES, V_PAGES, Q_NORM, WINDOW, ROTATED = 17, 18, 19, 21, 22  # behind Q_NORM the keys' norm
 COLUMNS = 24
@@ -244,13 +242,12 @@ def longest_way(shape: Shape, blocks: int, slot_codes: int, warps: int) -> int:
 
     A barrier tells the parity of a phase only. So a warp may wait for a filling of a slot when the one before in the
     same slot is known to be complete: all are that are `in_flight` or more behind one that the warp has seen complete.
-    From gate to up there is no barrier between: that way leads over both.
+    Slots of gate and up come in turn, and a warp waits for both.
     """
     stride, way = warps // shape.parts, 0
     for count in (shape.pairs // blocks, -(-shape.pairs // blocks)):
         slots = -(-count // (slot_codes // shape.width))  # of a half
         rows = (count - 1) // slots + 1  # of a slot
         within = min(-(-stride // rows), slots)  # or from the end of the matrix before
-        across = min(within + 1 + (stride - 1) // rows, slots)
-        way = max(way, within if shape.halves == 1 else across)
+        way = max(way, within if shape.halves == 1 else 2 * within - 1)
     return way

@@ -130,47 +130,53 @@ def make_products(plan: Plan) -> Products:
 
     @device_function
     def multiply(
-        memory, words, word_scales, start, end, width, row, stride, count, rows, inverse, number, lead, to, warp, lane,
-        at_once, gated, residual, biased, bias, up_bias, factor, target, tag,
+        memory, words, word_scales, start, end, width, row, stride, count, of_block, rows, inverse, number, lead,
+        up_lead, warp, lane, at_once, gated, residual, biased, bias, up_bias, factor, target, tag,
     ):  # fmt: skip
-        """Products of rows `row`, row + stride ... below `count`, to shared memory from `to` on, `warps` numbers apart.
+        """Products of rows `row`, row + stride ... below `count`: two of them at a time if the second has come, or one
+        of gate with its of up (gated), whose slots come in turn.
 
-        rows: of a slot; inverse: 65536 / rows. number: of the slot that row 0 is in. lead: where the scales of row 0
-        are, modulo 16. at_once: rows are not in parts, and `finish` ends them here; bias, up_bias: lane j's is of the
-        j-th of the warp's rows.
+        rows: of a slot; inverse: 65536 / rows. number: of the slot that row 0 is in. lead, up_lead: where the scales of
+        row 0 are, modulo 16. at_once: rows are not in parts, and `finish` ends them here; bias, up_bias: lane j's is of
+        the j-th of the warp's rows. Otherwise sums go to shared memory, for each part one, up's behind the others.
         """
         codes, bits = cuda.local.array(code_words, int32), cuda.local.array(copies, uint16)
         other_codes, other_bits = cuda.local.array(code_words, int32), cuda.local.array(copies, uint16)
         wide = int32(end - start) > 512 * AT_ONCE
-        to = int32(to + (4 * warps if lane & 16 else 0))  # sums of two rows end up in lanes 0 and 16
+        turns = int32(1) if gated else int32(0)  # a power of 2
+        between = of_block if gated else int32(warps)
+        to = int32(memory + at_sums + 4 * warp + (4 * between if lane & 16 else 0))  # sums are in lanes 0 and 16
         batch = int32(int32(row * inverse) >> 16)  # row // rows: which slot
         while row < count:
-            slot, parity = in_ring(int32(number + batch))
+            slot, parity = in_ring(int32(number + int32(batch << turns)))
             barrier_wait(int32(memory + at_full + 8 * slot), parity)
             codes_at, scale, last = part_at(memory, slot, int32(batch * rows), row, width, start, end, lead, lane)
-            other = int32(row + stride)
+            other = row if gated else int32(row + stride)
             following = int32(int32(other * inverse) >> 16)
-            slot, parity = in_ring(int32(number + following))
+            slot, parity = in_ring(int32(number + int32(following << turns) + turns))
+            if gated:
+                barrier_wait(int32(memory + at_full + 8 * slot), parity)
             has_come = barrier_passed(int32(memory + at_full + 8 * slot), parity)
             load_near(codes, bits, codes_at, scale, last)
             load_far(codes, bits, codes_at, scale, last)
             two = cuda.all_sync(0xFFFFFFFF, has_come != 0 and other < count)
+            here, other_lead = row, up_lead if gated else lead
             row = int32(other + stride) if two else other
             batch = int32(int32(row * inverse) >> 16)
             if two:
                 begin = int32(following * rows)
-                codes_at, scale, last = part_at(memory, slot, begin, other, width, start, end, lead, lane)
+                codes_at, scale, last = part_at(memory, slot, begin, other, width, start, end, other_lead, lane)
                 load_near(other_codes, other_bits, codes_at, scale, last)
                 total = dot_near(codes, bits, words, word_scales)
                 load_far(other_codes, other_bits, codes_at, scale, last)
                 cuda.syncwarp()  # all lanes have read
-                release(memory, warp, lane, row < count, int32(number + batch))
+                release(memory, warp, lane, row < count, int32(number + int32(batch << turns)))
                 second = dot_near(other_codes, other_bits, words, word_scales)
                 if wide:
                     total += dot_far(codes, bits, words, word_scales)
                     second += dot_far(other_codes, other_bits, words, word_scales)
             else:
-                release(memory, warp, lane, row < count, int32(number + batch))
+                release(memory, warp, lane, row < count, int32(number + int32(batch << turns)))
                 total, second = dot_near(codes, bits, words, word_scales), float32(0)
                 if wide:
                     total += dot_far(codes, bits, words, word_scales)
@@ -178,20 +184,19 @@ def make_products(plan: Plan) -> Products:
             mine += cuda.shfl_xor_sync(0xFFFFFFFF, others, 16)
             for step in (8, 4, 2, 1):
                 mine += cuda.shfl_xor_sync(0xFFFFFFFF, mine, step)
+            first_of_two = lane == 0
             if at_once:
-                r = shift_right(int32(to - int32(memory + at_sums)), int32(2))
-                r = int32(r - count) if gated else r  # up's sums are behind gate's
-                b, up_b = bias, up_bias
+                r = here if first_of_two or gated else other
+                b, up_b, up = bias, up_bias, mine
                 if biased:
                     j = int32(shift_right(int32(r - warp), int32(warps_shift)) & int32(31))
                     b, up_b = cuda.shfl_sync(0xFFFFFFFF, bias, j), cuda.shfl_sync(0xFFFFFFFF, up_bias, j)
-                if lane == 0 or (lane == 16 and two):
-                    up = mine
-                    if gated:
-                        mine = shared_f32(int32(to - 4 * count))
+                if gated:
+                    up = cuda.shfl_sync(0xFFFFFFFF, mine, 16)
+                if first_of_two or (lane == 16 and two and not gated):
                     finish(memory, mine, up, b, up_b, factor, r, gated, residual, False, target, tag)
-            elif lane == 0 or (lane == 16 and two):
+            elif first_of_two or (lane == 16 and two):
                 shared_store_f32(to, mine)
-            to = int32(to + (8 * warps if two else 4 * warps))
+            to = int32(to + (8 * warps if two and not gated else 4 * warps))
 
     return Products(load_part, multiply, finish)

@@ -30,7 +30,18 @@ from numbainfer.gpu.ptx import (
     shift_right,
 )
 from numbainfer.gpu.rope import PAGE, PAGE_BITS
-from numbainfer.gpu.token_plan import COLUMNS, FETCHED, HEAD_SHAPE, K_PAGES, PAGES, RUNS, SHAPE, V_PAGES, WINDOW, Plan
+from numbainfer.gpu.token_plan import (
+    COLUMNS,
+    FETCHED,
+    GATE_SHAPE,
+    HEAD_SHAPE,
+    K_PAGES,
+    PAGES,
+    SHAPE,
+    V_PAGES,
+    WINDOW,
+    Plan,
+)
 
 
 @cache
@@ -150,30 +161,35 @@ def make_movers(plan: Plan) -> Movers:
         def walk(memory, layers, with_head, lane, block, heads, kv_heads, units_per_key, parts_shift):
             number, layer = int32(0), int32(0)
             while layer <= layers:
-                runs = int32(RUNS) if layer < layers else int32(with_head)
-                run = int32(0)
-                while run < runs:
-                    shape = int32(HEAD_SHAPE) if layer == layers else int32(run - (run > 2))  # up's is gate's
+                matrices = int32(HEAD_SHAPE) if layer < layers else int32(with_head)
+                matrix = int32(0)
+                while matrix < matrices:
+                    shape = int32(HEAD_SHAPE) if layer == layers else matrix
                     shape_at = int32(memory + at_shapes + 4 * SHAPE * shape)
                     first, left, width, _ = shared_i32x4(shape_at)
                     rows = shared_i32(int32(shape_at + 20))
                     row_of_table = int32(memory + at_table + 8 * COLUMNS * layer)
                     # Lane 0 has the codes, lane 1 the scales, whose copies begin and end at multiples of 16.
                     a_row = int32(int32(width >> shift) << 1) if lane else width
-                    pointer = int32(row_of_table + 16 * run + (8 if lane else 0))
-                    source = shared_i64(pointer) + int64(first) * a_row
+                    pointer = int32(row_of_table + 16 * (matrix + (matrix == HEAD_SHAPE - 1)) + (8 if lane else 0))
+                    source, gated, up = shared_i64(pointer) + int64(first) * a_row, matrix == GATE_SHAPE, False
                     while left > 0:
                         lead = int32(source) & int32(15)
                         size = int32(int32(lead + min(rows, left) * a_row + 15) & int32(-16)) if lane < 2 else int32(0)
                         to, total = int32(slot_codes) if lane else int32(0), size
                         total = int32(total + cuda.shfl_xor_sync(0xFFFFFFFF, size, 1))
                         visit(memory, number, lane, source - lead, size, to, total)
-                        source, left, number = source + rows * a_row, int32(left - rows), int32(number + 1)
-                    if run == 0 and layer < layers:
+                        number = int32(number + 1)
+                        if gated:  # up's slots come between gate's
+                            to_up = shared_i64(int32(pointer + 16)) - shared_i64(pointer)
+                            up, source = not up, source - to_up if up else source + to_up
+                        if not up:
+                            source, left = source + rows * a_row, int32(left - rows)
+                    if matrix == 0 and layer < layers:
                         number = walk_keys(
                             memory, row_of_table, number, lane, block, heads, kv_heads, units_per_key, parts_shift
                         )
-                    run = int32(run + 1)
+                    matrix = int32(matrix + 1)
                 layer = int32(layer + 1)
 
         return walk
