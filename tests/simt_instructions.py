@@ -363,7 +363,6 @@ INSTRUCTIONS: dict[str, Callable] = {
     "pack_halves": lambda a, b: _pack(*np.clip(np.array([a, b], np.float32), -65504, 65504)),
     "round_halves": _pack,
     "still": lambda i: i,
-    "still_i64": lambda i: i,
     "half_to_float": lambda bits: _FLOATS[bits],
     "halves_to_floats": lambda bits: (_FLOATS[bits & 0xFFFF], _FLOATS[bits >> 16 & 0xFFFF]),
     "float_to_half": lambda value: np.float32(value).astype(np.float16).view(np.uint16).item(),

@@ -416,11 +416,6 @@ def still(i):
     copies would fill the instruction cache."""
 
 
-@instruction("mov.b64 $0, $1;", i64, i64)
-def still_i64(i):
-    """i, of which the compiler then knows nothing: it is computed here, not later."""
-
-
 # --- pairs of float16 --------------------------------------------------------------------------------------------
 
 

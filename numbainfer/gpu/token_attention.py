@@ -255,7 +255,6 @@ def make_attention(plan: Plan) -> Any:
             if warp <= shared:
                 rotated = shared_i32(int32(entry + 8 * (ROTATED - K_PAGES))) != 0
                 turn_head(memory, v_own, norm, weights, eps, rotated, lane)
-        synchronize_threads(1, threads)  # who still multiplies reads its input where the queries will be
         if warp < shared or (warp >= shared + 2 and warp < 10):
             # Where attention_core.Layout.queries has elements lane + 32 j.
             word = int32(lane >> 1)

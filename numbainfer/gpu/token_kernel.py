@@ -31,15 +31,20 @@ from numbainfer.gpu.pipeline import (
     synchronize_threads,
 )
 from numbainfer.gpu.ptx import (
+    LOG2_E,
     address,
+    as_int,
     divide,
+    exp2,
     half_to_float,
     inverse_root,
     load_constant_f32,
     load_f32x4,
     load_i32,
     peek_i64,
+    post_i32,
     post_i64,
+    reciprocal,
     shared_address,
     shared_f32,
     shared_f32x4,
@@ -51,11 +56,10 @@ from numbainfer.gpu.ptx import (
     shared_store_i32x4,
     shared_store_i64,
     shift_right,
-    still_i64,
 )
 from numbainfer.gpu.select import SMALLEST, key_index, make_key
 from numbainfer.gpu.token_attention import make_attention
-from numbainfer.gpu.token_input import make_input
+from numbainfer.gpu.token_input import make_input, tagged
 from numbainfer.gpu.token_plan import (
     BIAS,
     COLUMNS,
@@ -105,7 +109,7 @@ def _token(*numbers: int) -> Kernel:
     at_begun, at_page_numbers = plan.begun, plan.page_numbers
     shift = plan.group.bit_length() - 1
     attend, (copy_all, fetch_ahead) = make_attention(plan), make_movers(plan)
-    load_part, multiply, finish = make_products(plan)
+    load_part, multiply = make_products(plan)
     await_numbers, embed, quantize = make_input(plan)
     give_registers, take_registers = fewer_registers(32), more_registers(112)
 
@@ -223,12 +227,11 @@ def _token(*numbers: int) -> Kernel:
             gated, normed = step == GATE_UP, step == QKV or step == GATE_UP  # noqa: PLR1714 - Numba
             bias = shared_i64(int32(row_of_table + 8 * BIAS + 8 * (m + (step == DOWN))))
             early, early_up = float32(0), float32(0)
-            at_once = log_parts == 0 and not is_head  # rows are done when their product is
-            row = int32(warp + int32(warps) * lane) if at_once else shift_right(thread, log_parts)
-            if bias != 0 and row < count:
-                early = load_constant_f32(bias + 4 * int32(first + row))
+            if bias != 0 and thread < of_block:
+                row = int32(first + shift_right(thread, log_parts))
+                early = load_constant_f32(bias + 4 * row)
                 if gated:
-                    early_up = load_constant_f32(shared_i64(int32(row_of_table + 8 * UP_BIAS)) + 4 * int32(first + row))
+                    early_up = load_constant_f32(shared_i64(int32(row_of_table + 8 * UP_BIAS)) + 4 * row)
             if normed:
                 norm = shared_i64(int32(row_of_table + 8 * (MLP_NORM if gated else NORM)))
                 for j in range(norm_quads):
@@ -243,13 +246,12 @@ def _token(*numbers: int) -> Kernel:
             start = int32((warp & int32((int32(1) << log_parts) - 1)) * size)
             end, stride = min(int32(start + size), width), shift_right(int32(warps), log_parts)
             number = shared_i32(int32(memory + at_progress + 4 * warp))
-            residual = step == OUTPUT or step == DOWN  # noqa: PLR1714 - Numba
             target, target_tag = address(x), int32(turn + turn + (step == DOWN))
             if step == QKV:
                 target, target_tag = address(logits) if is_head else address(qkv), turn
             elif gated:
                 target, target_tag = address(inner), turn
-            target = still_i64(target + 4 * int64(first))
+            target += 4 * int64(first)
             scales_of = int32(row_of_table + 16 * (m + (step == DOWN)) + 8)
             before = int32(first * int32(int32(width >> shift) << 1))
             lead, up_lead = int32(shared_i32(scales_of) + before), int32(shared_i32(int32(scales_of + 16)) + before)
@@ -287,6 +289,17 @@ def _token(*numbers: int) -> Kernel:
             if layer == 0 and thread == 0:
                 shared_store_i32(int32(memory + at_begun), int32(1))
 
+            # Products: a warp's parts are of the same columns, whose activations stay in registers.
+            load_part(memory, words, word_scales, start, end, lane)
+            multiply(
+                memory, words, word_scales, start, end, width, shift_right(warp, log_parts), stride, count, of_block,
+                rows, inverse, number, gated, lead, up_lead, warp, lane,
+            )  # fmt: skip
+            if lane == 0:
+                number = int32(number + (2 * times if gated else times))
+                shared_store_i32(int32(memory + at_progress + 4 * warp), number)
+            synchronize()
+
             factor = float32(1)
             if normed:
                 squares = float32(0)
@@ -294,43 +307,36 @@ def _token(*numbers: int) -> Kernel:
                     four = shared_f32x4(int32(memory + at_squares + 16 * w))
                     squares += (four[0] + four[1]) + (four[2] + four[3])
                 factor = inverse_root(squares / float32(width) + eps)
-            # Products: a warp's parts are of the same columns, whose activations stay in registers.
-            load_part(memory, words, word_scales, start, end, lane)
-            multiply(
-                memory, words, word_scales, start, end, width, shift_right(warp, log_parts), stride, count, of_block,
-                rows, inverse, number, lead, up_lead, warp, lane, at_once, gated, residual, bias != 0, early, early_up,
-                factor, target, target_tag,
-            )  # fmt: skip
-            if lane == 0:
-                shared_store_i32(
-                    int32(memory + at_progress + 4 * warp), int32(number + (2 * times if gated else times))
-                )
-            cuda.syncwarp()  # all lanes see it
-
             best = SMALLEST
-            if not at_once:
-                synchronize()
-                i = thread
-                while (i & int32(-32)) < of_block:
-                    value, up = float32(0), float32(0)
-                    if i < of_block:
-                        value = shared_f32(memory + at_sums + 4 * i)
-                        if gated:
-                            up = shared_f32(memory + at_sums + 4 * (of_block + i))
-                    across = int32(int32(1 << log_parts) >> 1)
-                    while across > 0:  # the parts of a row
-                        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, across)
-                        up += cuda.shfl_xor_sync(0xFFFFFFFF, up, across)
-                        across = int32(across >> 1)
-                    r = shift_right(i, log_parts)
-                    if i < of_block and i == int32(r << log_parts):
-                        # Where there is a bias, all rows are of this turn of the loop.
-                        value = finish(
-                            memory, value, up, early, early_up, factor, r, gated, residual, is_head, target, target_tag
-                        )
-                        if is_head:
-                            best = max(best, make_key(value, first + r))
-                    i = int32(i + threads)
+            i = thread
+            while (i & int32(-32)) < of_block:
+                value, up = float32(0), float32(0)
+                if i < of_block:
+                    value = shared_f32(memory + at_sums + 4 * i)
+                    if gated:
+                        up = shared_f32(memory + at_sums + 4 * (of_block + i))
+                across = int32(int32(1 << log_parts) >> 1)
+                while across > 0:  # the parts of a row
+                    value += cuda.shfl_xor_sync(0xFFFFFFFF, value, across)
+                    up += cuda.shfl_xor_sync(0xFFFFFFFF, up, across)
+                    across = int32(across >> 1)
+                r = shift_right(i, log_parts)
+                if i < of_block and i == int32(r << log_parts):
+                    value = value * factor + early  # where there is a bias, all rows are of this turn of the loop
+                    if gated:
+                        power = exp2(value * -LOG2_E)
+                        value = value * reciprocal(float32(1) + power) * (up * factor + early_up)
+                    elif step != QKV:
+                        at = int32(memory + at_own + 4 * r)
+                        value += shared_f32(at)
+                        shared_store_f32(at, value)
+                    word = as_int(value)
+                    if is_head:
+                        best = max(best, make_key(value, first + r))
+                    else:
+                        word = tagged(value, target_tag)
+                    post_i32(target + 4 * r, word)
+                i = int32(i + threads)
             if is_head:
                 break
             if step == DOWN:

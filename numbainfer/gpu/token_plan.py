@@ -93,7 +93,7 @@ class Plan:
     def attending(self) -> int:
         """Warps that take keys in turn: all, if the ring is long enough for their chunks."""
         warps = self.warps
-        while warps > 1 and slots_of(warps, self.chunks_shift) + IN_FLIGHT > self.slots:
+        while warps > 1 and slots_of(warps, self.chunks_shift) + 3 > self.slots:
             warps //= 2
         return warps
 
@@ -196,14 +196,14 @@ class Shape:
 
 
 def cut(pairs: int, halves: int, width: int, group: int, blocks: int, warps: int) -> Shape | None:
-    """The parts of a row with which the busiest warp has least to do: a part costs as much as 512 bytes of it do, and
-    adding parts up as much as 1,024. The last ones may be empty. None: rows are too wide."""
+    """The parts of a row with which the busiest warp has least to do: a part costs as much as 512 bytes of it do. The
+    last ones may be empty. None: rows are too wide."""
     best = None
     parts = 1
     while parts <= warps:
         part = -(-(width // group) // parts) * group
         rounds = -(-(-(-pairs // blocks) * parts) // warps) * halves
-        cost = rounds * (512 + 512 * -(-part // 512)) + (1024 if parts > 1 else 0)
+        cost = rounds * (512 + 512 * -(-part // 512))
         if part <= MOST_PART and (best is None or cost < best[0]):
             best = cost, Shape(pairs, halves, width, parts, part)
         parts *= 2

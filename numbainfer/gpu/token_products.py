@@ -10,21 +10,14 @@ from numpy import float32, int32, uint16
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.pipeline import barrier_passed, barrier_wait
 from numbainfer.gpu.ptx import (
-    LOG2_E,
-    as_int,
     dp4a,
-    exp2,
     half_to_float,
-    post_i32,
-    reciprocal,
     shared_f32,
     shared_i32x4,
     shared_store_f32,
     shared_store_i32,
     shared_u16,
-    shift_right,
 )
-from numbainfer.gpu.token_input import tagged
 from numbainfer.gpu.token_plan import Plan
 from numbainfer.gpu.token_weights import make_in_ring
 
@@ -41,7 +34,6 @@ class Products(NamedTuple):
 
     load_part: Any
     multiply: Any
-    finish: Any
 
 
 def make_products(plan: Plan) -> Products:
@@ -50,7 +42,7 @@ def make_products(plan: Plan) -> Products:
     at_full, at_progress, at_codes, at_scales = plan.full, plan.progress, plan.area, plan.scales
     shift, scale_step = plan.group.bit_length() - 1, 1024 // plan.group  # bytes of scales, for a copy of all lanes
     in_ring, code_words = make_in_ring(plan.slots), 4 * plan.copies
-    at_own, at_sums, warps_shift = plan.own, plan.sums, plan.warps.bit_length() - 1
+    at_sums = plan.sums
 
     def make_load(first: int, end: int) -> Any:
         @device_function
@@ -114,31 +106,15 @@ def make_products(plan: Plan) -> Products:
                 word_scales[i] = shared_f32(int32(memory + at_scales + 4 * int32(column >> shift)))
 
     @device_function
-    def finish(memory, value, up, bias, up_bias, factor, r, gated, residual, plain, target, tag):
-        """What becomes of the sum of the block's row r, to which `target` is the place of its row 0: posted for other
-        blocks, unless plain with a tag. gated: SwiGLU, of gate's sum and `up`. residual: added, and kept."""
-        value = value * factor + bias
-        if gated:
-            power = exp2(value * -LOG2_E)
-            value = value * reciprocal(float32(1) + power) * (up * factor + up_bias)
-        elif residual:
-            at = int32(memory + at_own + 4 * r)
-            value += shared_f32(at)
-            shared_store_f32(at, value)
-        post_i32(target + 4 * r, as_int(value) if plain else tagged(value, tag))
-        return value
-
-    @device_function
     def multiply(
-        memory, words, word_scales, start, end, width, row, stride, count, of_block, rows, inverse, number, lead,
-        up_lead, warp, lane, at_once, gated, residual, biased, bias, up_bias, factor, target, tag,
+        memory, words, word_scales, start, end, width, row, stride, count, of_block, rows, inverse, number, gated,
+        lead, up_lead, warp, lane,
     ):  # fmt: skip
         """Products of rows `row`, row + stride ... below `count`: two of them at a time if the second has come, or one
         of gate with its of up (gated), whose slots come in turn.
 
         rows: of a slot; inverse: 65536 / rows. number: of the slot that row 0 is in. lead, up_lead: where the scales of
-        row 0 are, modulo 16. at_once: rows are not in parts, and `finish` ends them here; bias, up_bias: lane j's is of
-        the j-th of the warp's rows. Otherwise sums go to shared memory, for each part one, up's behind the others.
+        row 0 are, modulo 16. Sums go to shared memory, for each part one, up's behind the others.
         """
         codes, bits = cuda.local.array(code_words, int32), cuda.local.array(copies, uint16)
         other_codes, other_bits = cuda.local.array(code_words, int32), cuda.local.array(copies, uint16)
@@ -160,7 +136,7 @@ def make_products(plan: Plan) -> Products:
             load_near(codes, bits, codes_at, scale, last)
             load_far(codes, bits, codes_at, scale, last)
             two = cuda.all_sync(0xFFFFFFFF, has_come != 0 and other < count)
-            here, other_lead = row, up_lead if gated else lead
+            other_lead = up_lead if gated else lead
             row = int32(other + stride) if two else other
             batch = int32(int32(row * inverse) >> 16)
             if two:
@@ -184,19 +160,8 @@ def make_products(plan: Plan) -> Products:
             mine += cuda.shfl_xor_sync(0xFFFFFFFF, others, 16)
             for step in (8, 4, 2, 1):
                 mine += cuda.shfl_xor_sync(0xFFFFFFFF, mine, step)
-            first_of_two = lane == 0
-            if at_once:
-                r = here if first_of_two or gated else other
-                b, up_b, up = bias, up_bias, mine
-                if biased:
-                    j = int32(shift_right(int32(r - warp), int32(warps_shift)) & int32(31))
-                    b, up_b = cuda.shfl_sync(0xFFFFFFFF, bias, j), cuda.shfl_sync(0xFFFFFFFF, up_bias, j)
-                if gated:
-                    up = cuda.shfl_sync(0xFFFFFFFF, mine, 16)
-                if first_of_two or (lane == 16 and two and not gated):
-                    finish(memory, mine, up, b, up_b, factor, r, gated, residual, False, target, tag)
-            elif first_of_two or (lane == 16 and two):
+            if lane == 0 or (lane == 16 and two):
                 shared_store_f32(to, mine)
             to = int32(to + (8 * warps if two and not gated else 4 * warps))
 
-    return Products(load_part, multiply, finish)
+    return Products(load_part, multiply)
