@@ -45,7 +45,7 @@ from numbainfer.gpu.ptx import (
 from numbainfer.gpu.reduce import warp_max, warp_sum
 from numbainfer.gpu.rope import PAGE, PAGE_BITS, saturated
 from numbainfer.gpu.token_input import tagged
-from numbainfer.gpu.token_plan import K_PAGES, Q_NORM, ROTATED, V_PAGES, WINDOW, Plan
+from numbainfer.gpu.token_plan import AREAS, K_PAGES, Q_NORM, ROTATED, V_PAGES, WINDOW, Plan
 from numbainfer.gpu.token_weights import make_in_ring, make_share
 
 
@@ -66,7 +66,7 @@ def make_attention(plan: Plan) -> Any:
         core.write_piece,
         core.dimension,
     )
-    in_ring, share = make_in_ring(plan.slots), make_share(warps, shared)
+    in_ring, (_, share) = make_in_ring(plan.slots), make_share(warps, shared)
     slot_bytes, chunk_bytes, half_chunk, chunks_shift = plan.slot, plan.chunk, plan.chunk // 2, plan.chunks_shift
     attending, at_full, at_progress = plan.attending, plan.full, plan.progress
     area, at_angles = plan.area, plan.angles
@@ -225,14 +225,26 @@ def make_attention(plan: Plan) -> Any:
         position = shared_i32(int32(memory + at_position))
         turn = int32(shared_i32(int32(memory + at_before)) + layer)
         window = shared_i32(int32(entry + 8 * (WINDOW - K_PAGES)))
-        start, end, size, here = share(position, window, block, heads, parts_shift)
+        start, end, here, size, sources = share(position, window, block, heads, parts_shift)
+        unit, part = shift_right(block, parts_shift), int32(block & int32((int32(1) << parts_shift) - 1))
+        first_head, g = int32(unit * shared), divide(unit, units_per_key)
+        # own: the block that sees the step's own key. Where it is the first part's too, it is alone. Every area gets
+        # something in each turn, so that its numbers tell by their tags of which turn they are.
+        own, has_area = end == position, part < AREAS and first_head < heads
+        alone, merged = own and part == 0, sources == 1 and not (own and part == 0)
+        result = mixed + 4 * int64(int32(part * heads + first_head) * head_dim)
+        result_statistics = mixed + 4 * int64(
+            int32(AREAS * heads * head_dim) + int32(2 * int32(part * heads + first_head))
+        )
+        if has_area and (not here or merged) and thread < 2 * shared:
+            post_i32(result_statistics + 4 * thread, tagged(float32(0), turn))
+        if has_area and (not here or (merged and part > 0)):
+            i = thread
+            while i < width:
+                post_i32(result + 4 * i, tagged(float32(0), turn))
+                i = int32(i + threads)
         if not here:
             return
-        unit = shift_right(block, parts_shift)
-        first_head, g = int32(unit * shared), divide(unit, units_per_key)
-        # own: the block that sees the step's own key. Where it is the first part's too, it is alone.
-        own, is_first = end == position, int32(block & int32((int32(1) << parts_shift) - 1)) == 0
-        alone = own and is_first
         all_chunks = int32(uint32(max(int32(end - start), int32(0)) + KEYS - 1) // uint32(KEYS))
         first = shared_i32(int32(memory + at_progress + 4 * warp))  # slot
         behind = int32(first + int32(uint32(all_chunks + (1 << chunks_shift) - 1) >> uint32(chunks_shift)))
@@ -302,22 +314,23 @@ def make_attention(plan: Plan) -> Any:
 
         pieces = int32(pieces + (1 if own else 0))
         mark = (int64(turn) & int64(0x3FFFFFFF)) + 1
-        result = mixed + 4 * head_dim * int64(first_head)
         i = thread
         while i < width:  # of a warp all or none
             h, at = int32(i >> head_shift), int32(i & (head_dim - 1))
             value, largest, total = blend(memory, pieces, i, lane)
-            if alone:
-                value *= reciprocal(total)
-                post_i32(result + 4 * int32(h * head_dim + dimension(at)), tagged(value, tag))
-            else:
+            statistic = largest if at == 0 else total
+            if merged:
                 post_i64(part_values + 8 * int32(block * width + i), marked(value, mark))
                 if at < 2:
-                    statistic = largest if at == 0 else total
                     to = int32(int32(block * shared + h) * 2 + at)
                     post_i64(part_statistics + 8 * to, marked(statistic, mark))
+            else:
+                value *= reciprocal(total) if alone else float32(1)
+                post_i32(result + 4 * int32(h * head_dim + dimension(at)), tagged(value, tag))
+                if at < 2:
+                    post_i32(result_statistics + 4 * int32(2 * h + at), tagged(statistic, tag))
             i = int32(i + threads)
-        if is_first and not alone:
+        if merged and part == 0:
             active = divide(int32(position - start + size - 1), size)
             synchronize_threads(1, threads)
             merge(memory, part_values, part_statistics, block, active, mark, result, tag, thread, warp, lane)

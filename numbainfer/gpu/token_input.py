@@ -5,25 +5,28 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from numba import cuda
-from numpy import float32, int32, uint32
+from numpy import float32, int32, int64, uint32
 
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.pipeline import synchronize_threads
 from numbainfer.gpu.ptx import (
     as_float,
     as_int,
+    exp2,
     half_to_float,
     larger,
     peek_i32,
     peek_i32x4,
+    peek_i64,
     permute,
     reciprocal,
     round_to_int,
     shared_store_f32,
     shared_store_i32,
+    shift_right,
 )
 from numbainfer.gpu.quantize import TINY, TOP
-from numbainfer.gpu.token_plan import Plan
+from numbainfer.gpu.token_plan import AREAS, Plan
 
 SAMPLES = 2  # numbers of a vector that blocks ask for until they have come; more would hold up what they wait for
 
@@ -38,6 +41,7 @@ class Input(NamedTuple):
     """Functions for the kernel. `v` is a thread's part of the vector: of every `threads` quads of numbers one."""
 
     await_numbers: Any
+    await_parts: Any
     embed: Any
     quantize: Any
 
@@ -47,6 +51,7 @@ def make_input(plan: Plan) -> Input:
     threads, quads, norm_quads, widest = 32 * plan.warps, plan.quads, plan.norm_quads, plan.widest
     at_codes, at_scales = plan.area, plan.scales
     group_lanes, shift = plan.group // 4, plan.group.bit_length() - 1
+    mixed_quads, head_shift, four_areas = plan.mixed_quads, plan.head_dim.bit_length() - 1, 4 * AREAS
 
     @device_function
     def await_numbers(source, tag, width, v, thread):
@@ -67,6 +72,52 @@ def make_input(plan: Plan) -> Input:
                     late |= (a ^ tag) | (b ^ tag) | (c ^ tag) | (d ^ tag)
                     v[4 * j], v[4 * j + 1] = as_float(a), as_float(b)
                     v[4 * j + 2], v[4 * j + 3] = as_float(c), as_float(d)
+
+    @device_function
+    def await_parts(source, tag, width, parts, v, thread):
+        """The same of what attention gives in 2 to AREAS parts: sums of each, and for each head of a part its largest
+        score and the sum of weights relative to it; merged as FlashAttention's are (Dao et al. 2022)."""
+        last, heads = int32(int32(width >> 2) - 1), int32(width >> head_shift)
+        statistics = source + 4 * int64(AREAS * width)
+        if thread < parts:
+            sample = source + 4 * int32(int32(thread + 1) * width - 1)
+            while (peek_i32(sample) ^ tag) & 3 != 0:
+                pass
+        synchronize_threads(1, threads)
+        raw = cuda.local.array(four_areas, float32)
+        tops, totals = cuda.local.array(AREAS, float32), cuda.local.array(AREAS, float32)
+        for j in range(mixed_quads):
+            quad = int32(thread + int32(threads * j))
+            if int32(quad & int32(-32)) <= last:  # of a warp any
+                quad = min(quad, last)
+                head, late = shift_right(quad, int32(head_shift - 2)), int32(3)
+                while late & 3:
+                    late = int32(0)
+                    for p in range(AREAS):
+                        if p < parts:
+                            a, b, c, d = peek_i32x4(source + 4 * int32(p * width) + 16 * quad)
+                            pair = peek_i64(statistics + 8 * int32(p * heads + head))
+                            top, total = int32(pair), int32(pair >> 32)
+                            late |= (a ^ tag) | (b ^ tag) | (c ^ tag) | (d ^ tag) | (top ^ tag) | (total ^ tag)
+                            raw[4 * p], raw[4 * p + 1] = as_float(a), as_float(b)
+                            raw[4 * p + 2], raw[4 * p + 3] = as_float(c), as_float(d)
+                            tops[p], totals[p] = as_float(top), as_float(total)
+                largest = tops[0]
+                for p in range(1, AREAS):
+                    if p < parts:
+                        largest = larger(largest, tops[p])
+                weights = float32(0)
+                for b in range(4):
+                    v[4 * j + b] = float32(0)
+                for p in range(AREAS):
+                    if p < parts:
+                        decay = exp2(tops[p] - largest)
+                        weights += decay * totals[p]
+                        for b in range(4):
+                            v[4 * j + b] += decay * raw[4 * p + b]
+                inverse = reciprocal(weights)
+                for b in range(4):
+                    v[4 * j + b] *= inverse
 
     @device_function
     def embed(codes, scales, start, known, width, v, thread):
@@ -109,4 +160,4 @@ def make_input(plan: Plan) -> Input:
                         shared_store_f32(int32(memory + at_scales + 4 * (quad >> (shift - 2))), largest / TOP)
         return squares
 
-    return Input(await_numbers, embed, quantize)
+    return Input(await_numbers, await_parts, embed, quantize)

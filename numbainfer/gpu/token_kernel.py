@@ -72,10 +72,11 @@ from numbainfer.gpu.token_plan import (
     SHAPE,
     SHAPES,
     UP_BIAS,
+    WINDOW,
     Plan,
 )
 from numbainfer.gpu.token_products import make_products
-from numbainfer.gpu.token_weights import make_movers
+from numbainfer.gpu.token_weights import make_movers, make_share
 
 QKV, ATTENTION, OUTPUT, GATE_UP, DOWN = range(5)  # the steps of a layer; the head is one more QKV
 LAST_INDEX = (1 << 29) - 1  # of a vocabulary
@@ -95,9 +96,9 @@ def tagged_key(key, tag):
 
 
 @family(
-    (64, 4, 16, 2048, 8192, 64, 2048, 972, 23, 3, 4367, 16),
-    (64, 7, 24, 896, 4864, 64, 1216, 1152, 21, 3, 4367, 16),
-    (128, 4, 32, 4096, 14336, 64, 2048, 1944, 11, 3, 4367, 16),
+    (64, 4, 16, 2048, 2048, 8192, 64, 2048, 972, 23, 3, 4367, 16),
+    (64, 7, 24, 896, 896, 4864, 64, 1216, 1152, 21, 3, 4367, 16),
+    (128, 4, 32, 4096, 4096, 14336, 64, 2048, 1944, 11, 3, 4367, 16),
 )
 def _token(*numbers: int) -> Kernel:
     plan = Plan(*numbers)
@@ -110,7 +111,8 @@ def _token(*numbers: int) -> Kernel:
     shift = plan.group.bit_length() - 1
     attend, (copy_all, fetch_ahead) = make_attention(plan), make_movers(plan)
     load_part, multiply = make_products(plan)
-    await_numbers, embed, quantize = make_input(plan)
+    await_numbers, await_parts, embed, quantize = make_input(plan)
+    spread, _ = make_share(plan.warps, plan.shared)
     give_registers, take_registers = fewer_registers(32), more_registers(112)
 
     @device_function
@@ -256,6 +258,11 @@ def _token(*numbers: int) -> Kernel:
             before = int32(first * int32(int32(width >> shift) << 1))
             lead, up_lead = int32(shared_i32(scales_of) + before), int32(shared_i32(int32(scales_of + 16)) + before)
 
+            sources = int32(1)
+            if step == OUTPUT:
+                window = shared_i32(int32(row_of_table + 8 * WINDOW))
+                _, _, sources = spread(shared_i32(int32(memory + at_position)), window, parts_shift)
+
             # The step's input, quantized. A norm's factor is the same for all columns: it comes last.
             if step == QKV and layer == 0:
                 token_id = tokens[0]
@@ -273,7 +280,10 @@ def _token(*numbers: int) -> Kernel:
                     source, tag = address(mixed), turn
                 elif step == DOWN:
                     source, tag = address(inner), turn
-                await_numbers(source, tag, width, v, thread)
+                if step == OUTPUT and sources > 1:
+                    await_parts(source, tag, width, sources, v, thread)
+                else:
+                    await_numbers(source, tag, width, v, thread)
             squares = float32(0)
             if normed:
                 for j in range(norm_quads):

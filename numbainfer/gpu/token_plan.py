@@ -15,6 +15,10 @@ IN_FLIGHT = 3  # slots that copies are under way to, at most: more would only ho
 FETCHED = 8  # slots that are brought to the second-level cache ahead of the copies to the ring
 FETCH_RATE = 1.17  # how fast, as a share of what memory can do at most: faster, they are in the copies' way
 
+# Areas of what attention gives: for so many parts of the keys, at most, which OUTPUT adds up by itself.
+AREAS_SHIFT = 2
+AREAS = 1 << AREAS_SHIFT
+
 SHAPES = 5  # of matrices: QKV, attention's output, gate and up, down, head
 OUTPUT_SHAPE, GATE_SHAPE, HEAD_SHAPE = 1, 2, 4
 
@@ -31,15 +35,16 @@ PAGES = 512  # of the page table that a block keeps
 class Plan:
     """The kernel's constants, and by them the layout of a block's shared memory, in bytes.
 
-    widest: of the matrices' inputs; part: most columns of a row that a warp takes at a time; items: most of these that
-    a block has of a matrix; slots: of the ring; in_flight: those that copies are under way to; pace: cycles for 64 KiB
-    that are fetched ahead; warps: that multiply.
+    mixed: numbers that attention gives; widest: of the matrices' inputs; part: most columns of a row that a warp takes
+    at a time; items: most of these that a block has of a matrix; slots: of the ring; in_flight: those that copies are
+    under way to; pace: cycles for 64 KiB that are fetched ahead; warps: that multiply.
     """
 
     head_dim: int
     shared: int  # query heads of a block, in attention
     layers: int
     hidden: int
+    mixed: int
     widest: int
     group: int
     part: int
@@ -68,6 +73,11 @@ class Plan:
     def norm_quads(self) -> int:
         """The same where a norm is before it."""
         return -(-self.hidden // (128 * self.warps))
+
+    @property
+    def mixed_quads(self) -> int:
+        """The same of attention's output."""
+        return -(-self.mixed // (128 * self.warps))
 
     @property
     def slot_codes(self) -> int:
@@ -228,7 +238,10 @@ def make_plan(
     items = max(-(-shape.pairs // blocks) * shape.halves * shape.parts for shape in shapes)
     part = max(shape.part for shape in shapes)
     for slots in range(32, 1, -1):
-        plan = Plan(head_dim, shared, layers, hidden, widest, group, part, items, slots, IN_FLIGHT, 0, warps)
+        plan = Plan(
+            *(head_dim, shared, layers, hidden, shapes[OUTPUT_SHAPE].width, widest, group),
+            *(part, items, slots, IN_FLIGHT, 0, warps),
+        )
         if plan.nbytes <= most:
             way = max(longest_way(shape, blocks, plan.slot_codes, warps) for shape in shapes)
             way = max(way, slots_of(plan.attending, plan.chunks_shift))

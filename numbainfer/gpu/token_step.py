@@ -10,7 +10,7 @@ from numbainfer.gpu.attention_core import MOST_PARTS, heads_together
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.token_kernel import _token
-from numbainfer.gpu.token_plan import COLUMNS, NORM, WARPS, Plan, Shape, cut, make_plan
+from numbainfer.gpu.token_plan import AREAS, COLUMNS, NORM, WARPS, Plan, Shape, cut, make_plan
 from numbainfer.memory import MemoryPool
 from numbainfer.quantization import QuantizedMatrix
 
@@ -37,7 +37,7 @@ class TokenStep:
         # No number's tag is right before the first is written: the first tag is 0.
         self.x, self.qkv, self.mixed, self.inner = (
             self._put(np.full(size, -1, np.int32).view(np.float32))
-            for size in (config.hidden_size, shapes[0].pairs, shapes[1].width, shapes[3].width)
+            for size in (config.hidden_size, shapes[0].pairs, AREAS * (plan.mixed + 2 * config.heads), shapes[3].width)
         )
         self.part_values = self._put(np.zeros(parts * plan.shared * plan.head_dim, np.int64))
         self.part_statistics = self._put(np.zeros(parts * plan.shared * 2, np.int64))

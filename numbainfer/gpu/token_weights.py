@@ -31,6 +31,8 @@ from numbainfer.gpu.ptx import (
 )
 from numbainfer.gpu.rope import PAGE, PAGE_BITS
 from numbainfer.gpu.token_plan import (
+    AREAS,
+    AREAS_SHIFT,
     COLUMNS,
     FETCHED,
     GATE_SHAPE,
@@ -56,25 +58,46 @@ def make_in_ring(slots: int) -> Any:
     return in_ring
 
 
+class Share(NamedTuple):
+    """Functions that say how the earlier keys of a layer are dealt to blocks, in attention."""
+
+    spread: Any
+    share: Any
+
+
 @cache
-def make_share(warps: int, shared: int) -> Any:
-    """The function that says which of the earlier keys of a layer are a block's, in attention."""
+def make_share(warps: int, shared: int) -> Share:
+    """The functions for blocks of so many warps and query heads."""
     at_once = warps * KEYS
 
     @device_function
-    def share(position, window, block, heads, parts_shift):
-        """A block is one unit of query heads and one part of the keys: those from `start` on that are before `end`;
-        `size`, of a part. here: whether the block is one of those that have a part, if an empty one."""
-        unit, part = shift_right(block, parts_shift), int32(block & int32((int32(1) << parts_shift) - 1))
+    def spread(position, window, parts_shift):
+        """The first key; how many there are in a part; how many parts OUTPUT's input is the sum of. As many as have an
+        area of their own, while they are short; else the parts' sums are merged first, which costs an exchange."""
         begin = int32(max(int32(0), int32(position + 1 - window)) & int32(-PAGE)) if window else int32(0)
-        rounds = int32(uint32(position - begin + at_once - 1) // uint32(at_once))
-        of_part = shift_right(int32(rounds + int32((int32(1) << parts_shift) - 1)), parts_shift)
-        size = int32(max(int32(2), of_part) * at_once)  # merging takes as long as one round
+        keys, shift = int32(position - begin), min(int32(AREAS_SHIFT), parts_shift)
+        size = int32(shift_right(int32(keys + int32(int32(PAGE) << shift) - 1), int32(shift + PAGE_BITS)) * PAGE)
+        size, sources = max(size, int32(PAGE)), int32(1)
+        if size <= at_once:
+            for p in range(1, AREAS):
+                sources += int32(1) if keys > p * size else int32(0)
+        else:
+            rounds = int32(uint32(keys + at_once - 1) // uint32(at_once))
+            of_part = shift_right(int32(rounds + int32((int32(1) << parts_shift) - 1)), parts_shift)
+            size = int32(max(int32(2), of_part) * at_once)  # merging takes as long as one round
+        return begin, size, sources
+
+    @device_function
+    def share(position, window, block, heads, parts_shift):
+        """A block is one unit of query heads and one part of the keys: those from `start` on that are before `end`.
+        here: whether the block is one of those that have a part, if an empty one. Then as `spread`."""
+        unit, part = shift_right(block, parts_shift), int32(block & int32((int32(1) << parts_shift) - 1))
+        begin, size, sources = spread(position, window, parts_shift)
         start = int32(begin + part * size)
         here = int32(unit * shared) < heads and (part == 0 or start < position)
-        return start, min(int32(start + size), position), size, here
+        return start, min(int32(start + size), position), here, size, sources
 
-    return share
+    return Share(spread, share)
 
 
 class Movers(NamedTuple):
@@ -91,7 +114,7 @@ def make_movers(plan: Plan) -> Movers:
     at_full, at_progress, at_table, at_shapes = plan.full, plan.progress, plan.table, plan.shapes
     at_copied, at_pages, at_page_numbers, at_begun = plan.copied, plan.pages, plan.page_numbers, plan.begun
     at_position = plan.position
-    shift, share = plan.group.bit_length() - 1, make_share(plan.warps, plan.shared)
+    shift, (_, share) = plan.group.bit_length() - 1, make_share(plan.warps, plan.shared)
     half_chunk, chunks, row = plan.chunk // 2, 1 << plan.chunks_shift, 2 * plan.head_dim
 
     @device_function
@@ -137,7 +160,7 @@ def make_movers(plan: Plan) -> Movers:
             while shared_peek_i32(int32(memory + at_begun)) == 0:
                 pass
             window = shared_i32(int32(row_of_table + 8 * WINDOW))
-            base, end, _, here = share(shared_i32(int32(memory + at_position)), window, block, heads, parts_shift)
+            base, end, here, _, _ = share(shared_i32(int32(memory + at_position)), window, block, heads, parts_shift)
             end = end if here else base
             g, chunk = divide(shift_right(block, parts_shift), units_per_key), int32(lane >> 1)
             pages = shared_i64(int32(row_of_table + 8 * (V_PAGES if lane & 1 else K_PAGES)))
