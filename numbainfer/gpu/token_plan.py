@@ -11,12 +11,13 @@ WARPS = 16
 MOST_PART = 2048  # bytes of a row that a warp takes at a time
 
 SLOT = 8 << 10  # bytes of a slot of the ring, or a row where that is longer
-IN_FLIGHT = 3  # slots that copies are under way to, at most: more would only hold up what blocks exchange
-FETCHED = 8  # slots that are brought to the second-level cache ahead of the copies to the ring
-FETCH_RATE = 1.17  # how fast, as a share of what memory can do at most: faster, they are in the copies' way
+SPARE = 3  # slots of the ring that are not for chunks of keys that warps wait for
+IN_FLIGHT = 5  # slots that copies are under way to, at most: more would only hold up what blocks exchange
+FETCHED = 112 << 10  # bytes that are brought to the second-level cache ahead of the copies to the ring
+FETCH_RATE = 1.25  # how fast, as a share of what memory can do at most: faster, they are in the copies' way
 
 # Areas of what attention gives: for so many parts of the keys, at most, which OUTPUT adds up by itself.
-AREAS_SHIFT = 2
+AREAS_SHIFT = 1
 AREAS = 1 << AREAS_SHIFT
 
 SHAPES = 5  # of matrices: QKV, attention's output, gate and up, down, head
@@ -101,11 +102,16 @@ class Plan:
 
     @property
     def attending(self) -> int:
-        """Warps that take keys in turn: all, if the ring is long enough for their chunks."""
+        """Warps that take keys in turn: all, if the ring is long enough for their chunks and some copies more."""
         warps = self.warps
-        while warps > 1 and slots_of(warps, self.chunks_shift) + 3 > self.slots:
+        while warps > 1 and slots_of(warps, self.chunks_shift) + SPARE > self.slots:
             warps //= 2
         return warps
+
+    @property
+    def ahead(self) -> int:
+        """Slots that are fetched ahead."""
+        return FETCHED // self.slot
 
     @property
     def full(self) -> int:

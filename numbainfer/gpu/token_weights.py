@@ -34,7 +34,6 @@ from numbainfer.gpu.token_plan import (
     AREAS,
     AREAS_SHIFT,
     COLUMNS,
-    FETCHED,
     GATE_SHAPE,
     HEAD_SHAPE,
     K_PAGES,
@@ -109,7 +108,7 @@ class Movers(NamedTuple):
 
 def make_movers(plan: Plan) -> Movers:
     """The functions for a plan."""
-    warps, slots, in_flight, pace = plan.warps, plan.slots, plan.in_flight, plan.pace
+    warps, slots, in_flight, ahead, pace = plan.warps, plan.slots, plan.in_flight, plan.ahead, plan.pace
     slot_bytes, slot_codes, in_ring = plan.slot, plan.slot_codes, make_in_ring(plan.slots)
     at_full, at_progress, at_table, at_shapes = plan.full, plan.progress, plan.table, plan.shapes
     at_copied, at_pages, at_page_numbers, at_begun = plan.copied, plan.pages, plan.page_numbers, plan.begun
@@ -141,7 +140,7 @@ def make_movers(plan: Plan) -> Movers:
     def fetch(memory, number, lane, source, size, to, total):
         """Brings what `copy` will fill slot `number` with to the second-level cache."""
         copied = shared_peek_i32(int32(memory + at_copied))
-        while number >= int32(copied + FETCHED):
+        while number >= int32(copied + ahead):
             copied = shared_peek_i32(int32(memory + at_copied))
         if number >= copied:
             start = clock()
