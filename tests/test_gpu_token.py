@@ -22,6 +22,7 @@ from numpy import int32, int64
 from simt_world import Array
 from tiny_models import TOKEN_CONFIGS
 
+from numbainfer.gpu import token_kernel, token_plan, token_weights
 from numbainfer.gpu.attention_core import KEYS
 from numbainfer.gpu.compile import kernel
 from numbainfer.gpu.pipeline import barrier_init, barrier_wait
@@ -155,6 +156,58 @@ def test_token(
         np.testing.assert_allclose(keys_and_values, stored(expected.cache, theirs, position), atol=5e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks", "shared_memory", "lengths", "order"),
+    [
+        ("token_layers", 4, 90 << 10, [129, 513, 63, 127], 12),
+        ("token_units", 2, 227 << 10, [65, 300, 0, 513], 13),  # a unit for each block: no parts
+    ],
+)
+def test_sequences_in_turn(
+    name: str,
+    blocks: int,
+    shared_memory: int,
+    lengths: list[int],
+    order: int,
+    checkpoint_of: Checkpoints,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps of sequences of other lengths, in other numbers of parts, one after the other. What is in no use is NaN,
+    and most pages' numbers are read from the table."""
+    monkeypatch.setattr("test_gpu_token.SHARED_MEMORY", shared_memory)
+    for module in (token_plan, token_weights, token_kernel):
+        monkeypatch.setattr(module, "PAGES", 4)
+    weights = source_weights(checkpoint_of(name), "int8", 32)
+    vocabulary = weights.config.vocab_size
+    expected, actual = (
+        build_model(operators("cpu"), weights, max(lengths) + PAGE, sequences=len(lengths)) for _ in range(2)
+    )
+    draw = np.random.default_rng(order)
+    draw.shuffle(actual.cache._free_pages)
+    texts = [draw.integers(0, vocabulary, length).tolist() for length in lengths]
+    pairs = [(filled(expected, text), filled(actual, text)) for text in texts]
+    used = {
+        page: length - PAGE * i
+        for (_, mine), length in zip(pairs, lengths, strict=True)
+        for i, page in enumerate(mine.pages)
+    }
+    for pages in (*actual.cache.k_pages, *actual.cache.v_pages):
+        for page in range(len(pages)):
+            pages[page, :, used.get(page, 0) :] = np.nan
+    step = Emulated(actual, blocks, order).step
+    for (theirs, mine), length in zip(pairs, lengths, strict=True):
+        tokens, positions, rows = np.array([7], np.int32), np.array([length], np.int32), np.array([mine.row], np.int32)
+        logits = np.full((1, vocabulary), np.nan, np.float32)
+        expected.cache.append(theirs, [7])
+        actual.cache.append(mine, [7])
+        wanted = expected.step([7], [length], theirs.row)
+        assert wanted is not None
+        step.launch(tokens, positions, rows, logits, None)
+        assert difference(logits, wanted) < 1e-3
+        keys_and_values = stored(actual.cache, mine, length)
+        np.testing.assert_allclose(keys_and_values, stored(expected.cache, theirs, length), atol=5e-3, rtol=2e-3)
+
+
 @pytest.mark.parametrize("past", [0, 150])
 def test_a_ring_of_few_slots(past: int, checkpoint_of: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows as long as a slot: a warp goes past many slots that hold none of its rows, or of its keys. Copies come out
@@ -223,13 +276,14 @@ def test_every_key_is_one_blocks(parts_shift: int, units: int) -> None:
 
 
 def ways(shape: Shape, blocks: int, slot_codes: int) -> Iterator[int]:
-    """From each slot that a warp of the kernel waits for to its next one, in a matrix or in gate and up."""
+    """From each slot that a warp of the kernel waits for to its next one, in a matrix or in gate and up; to the first
+    one from the slot before, which is known to be full."""
     for count in {(b + 1) * shape.pairs // blocks - b * shape.pairs // blocks for b in range(blocks)}:
         most = slot_codes // shape.width
         rows = (count - 1) // -(-count // most) + 1
         for warp in range(16):
             mine = range(warp // shape.parts, count, 16 // shape.parts)
-            at = [shape.halves * (row // rows) + half for row in mine for half in range(shape.halves)]
+            at = [-1, *(shape.halves * (row // rows) + half for row in mine for half in range(shape.halves))]
             yield from (b - a for a, b in pairwise(at))
 
 

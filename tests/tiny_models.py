@@ -272,6 +272,17 @@ TOKEN_CONFIGS: dict[str, dict[str, Any]] = {
     "token_window": _config(
         MISTRAL, (1, 128, 8, 1, 160, 97), tied=False, eps=1e-5, theta=1e4, head_dim=64, sliding_window=40
     ),
+    "token_units": _config(LLAMA, (1, 128, 10, 1, 96, 97), tied=True, eps=1e-5, theta=1e4, head_dim=64),
+    "token_layers": _config(
+        QWEN3,
+        (3, 128, 2, 1, 96, 97),
+        tied=True,
+        eps=1e-6,
+        theta=1e6,
+        head_dim=64,
+        **_window(100),
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
 }
 
 # Without goldens, too: what a GGUF can say.

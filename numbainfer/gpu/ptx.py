@@ -194,6 +194,11 @@ def store_f32x4(address, a, b, c, d):
 # --- between blocks that run at the same time: numbers that tell by themselves whether they have come ---------------
 
 
+@instruction("ld.relaxed.gpu.global.v2.u32 {$0, $1}, [$2];", _i32x2, i64)
+def peek_i32x2(address):
+    """8 bytes as they stand at this moment, each 4 of them whole."""
+
+
 @instruction("ld.relaxed.gpu.global.v4.u32 {$0, $1, $2, $3}, [$4];", _i32x4, i64)
 def peek_i32x4(address):
     """16 bytes as they stand at this moment, each 4 of them whole."""

@@ -2,8 +2,9 @@
 
 A block is one unit of query heads, which share a key/value head, and one part of the keys; most blocks have none where
 the text is short. Earlier tokens' keys and values come through the ring, as weights do, long before they are needed
-(token_weights.py). Parts are merged by the block of the first, to which the others leave sums as pairs of a number and
-of the turn that it belongs to.
+(token_weights.py). Of a short text, each part has an area of the result, and who needs it adds them up
+(token_input.py). Of a long one, parts are merged by the block of the first, to which the others leave sums as pairs of
+a number and of the turn that it belongs to.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def make_attention(plan: Plan) -> Any:
         inside = lane < pieces
         top = shared_f32(int32(memory + at_tops + 128 * h + 4 * lane)) if inside else float32(NOTHING)
         weights = shared_f32(int32(memory + at_totals + 128 * h + 4 * lane)) if inside else float32(0)
-        largest = warp_max(top)
+        largest = as_float(int32(as_int(warp_max(top)) & int32(-4)))  # as others will see it: it will have a tag
         factor = exp2(top - largest) if inside else float32(0)
         weights = warp_sum(factor * weights)
         values, last = int32(memory + at_values + piece_bytes * h + 4 * at), int32(pieces - 1)
@@ -219,7 +220,7 @@ def make_attention(plan: Plan) -> Any:
     @device_function
     def attention(
         memory, entry, layer, block, thread, warp, lane, heads, kv_heads, units_per_key, scale, eps,
-        half, parts_shift, qkv, mixed, part_values, part_statistics,
+        parts_shift, qkv, mixed, part_values, part_statistics,
     ):  # fmt: skip
         """entry: where the layer's row of the table continues in shared memory."""
         position = shared_i32(int32(memory + at_position))
@@ -228,8 +229,9 @@ def make_attention(plan: Plan) -> Any:
         start, end, here, size, sources = share(position, window, block, heads, parts_shift)
         unit, part = shift_right(block, parts_shift), int32(block & int32((int32(1) << parts_shift) - 1))
         first_head, g = int32(unit * shared), divide(unit, units_per_key)
-        # own: the block that sees the step's own key. Where it is the first part's too, it is alone. Every area gets
-        # something in each turn, so that its numbers tell by their tags of which turn they are.
+        # own: the block that sees the step's own key. Where it is the first part's too, it is alone. Every area that
+        # may be read gets something in each turn, so that its numbers tell by their tags of which turn they are: those
+        # of four turns ago, which have the same, are long overwritten.
         own, has_area = end == position, part < AREAS and first_head < heads
         alone, merged = own and part == 0, sources == 1 and not (own and part == 0)
         result = mixed + 4 * int64(int32(part * heads + first_head) * head_dim)

@@ -16,8 +16,8 @@ from numbainfer.gpu.ptx import (
     half_to_float,
     larger,
     peek_i32,
+    peek_i32x2,
     peek_i32x4,
-    peek_i64,
     permute,
     reciprocal,
     round_to_int,
@@ -96,12 +96,11 @@ def make_input(plan: Plan) -> Input:
                     for p in range(AREAS):
                         if p < parts:
                             a, b, c, d = peek_i32x4(source + 4 * int32(p * width) + 16 * quad)
-                            pair = peek_i64(statistics + 8 * int32(p * heads + head))
-                            top, total = int32(pair), int32(pair >> 32)
+                            top, total = peek_i32x2(statistics + 8 * int32(p * heads + head))
                             late |= (a ^ tag) | (b ^ tag) | (c ^ tag) | (d ^ tag) | (top ^ tag) | (total ^ tag)
                             raw[4 * p], raw[4 * p + 1] = as_float(a), as_float(b)
                             raw[4 * p + 2], raw[4 * p + 3] = as_float(c), as_float(d)
-                            tops[p], totals[p] = as_float(top), as_float(total)
+                            tops[p], totals[p] = as_float(int32(top & int32(-4))), as_float(total)
                 largest = tops[0]
                 for p in range(1, AREAS):
                     if p < parts:

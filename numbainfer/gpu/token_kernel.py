@@ -7,13 +7,14 @@ held it belongs to (a tag), so whoever reads it until the bits are right has the
 too early: every block has rows of every matrix, so who has a step's whole input knows that all blocks are done with the
 inputs of the steps before (attention's output is complete only if QKV was, which all blocks wrote).
 
-Weights do not depend on any of this. One warp of each block does nothing but copy the block's rows of all matrices, of
-all layers, in the order of their use, to a ring in shared memory, as far ahead as the ring is long: across steps and
-layers. Another brings what comes after that to the second-level cache. So memory is busy while blocks wait for each
-other, and what they wait for finds its weights there.
+Weights do not depend on any of this, nor do the keys and values of earlier tokens. One warp of each block does nothing
+but copy the block's rows of all matrices and its part of the keys, of all layers, in the order of their use, to a ring
+in shared memory, as far ahead as the ring is long: across steps and layers. Another brings what comes after that to the
+second-level cache. So memory is busy while blocks wait for each other, and what they wait for finds its weights there.
 
-What a step costs beside its weights are mostly its instructions, which all warps execute: they are kept few, and in 32
-bits (Numba's integers have 64, unless int32() says that the rest does not matter).
+What a step costs beside its weights are two trips through the second-level cache and a chain of instructions, each of
+which needs the one before: it is kept short, and in 32 bits (Numba's integers have 64, unless int32() says that the
+rest does not matter).
 Steps with one token of int8 models; token_plan.py cuts a model's matrices for it. Needs sm_90: bulk copies.
 """
 
@@ -210,7 +211,7 @@ def _token(*numbers: int) -> Kernel:
             if step == ATTENTION:
                 attend(
                     memory, int32(row_of_table + 8 * K_PAGES), layer, block, thread, warp, lane,
-                    heads, kv_heads, units_per_key, scale, eps, half, parts_shift, address(qkv), address(mixed),
+                    heads, kv_heads, units_per_key, scale, eps, parts_shift, address(qkv), address(mixed),
                     address(part_values), address(part_statistics),
                 )  # fmt: skip
                 step = int32(OUTPUT)
@@ -242,8 +243,8 @@ def _token(*numbers: int) -> Kernel:
                     for b in range(4):
                         weights[4 * j + b] = four[b]
 
-            # While others do the step before: `times` slots hold a matrix's rows, so many `rows` each; the warp's next
-            # slot; where the block's results go.
+            # Others are still at the step before: time for what needs none of its numbers. `times` slots hold a
+            # matrix's rows, so many `rows` each; `number` is the warp's next slot.
             size, rows, times, inverse = shared_i32x4(int32(memory + at_shapes + 4 * SHAPE * k + 16))
             start = int32((warp & int32((int32(1) << log_parts) - 1)) * size)
             end, stride = min(int32(start + size), width), shift_right(int32(warps), log_parts)

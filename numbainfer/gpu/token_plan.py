@@ -11,12 +11,13 @@ WARPS = 16
 MOST_PART = 2048  # bytes of a row that a warp takes at a time
 
 SLOT = 8 << 10  # bytes of a slot of the ring, or a row where that is longer
-SPARE = 3  # slots of the ring that are not for chunks of keys that warps wait for
+SPARE = 3  # slots of the ring, if it has so many, beside those with the chunks that warps wait for at a time
 IN_FLIGHT = 5  # slots that copies are under way to, at most: more would only hold up what blocks exchange
 FETCHED = 112 << 10  # bytes that are brought to the second-level cache ahead of the copies to the ring
 FETCH_RATE = 1.25  # how fast, as a share of what memory can do at most: faster, they are in the copies' way
 
-# Areas of what attention gives: for so many parts of the keys, at most, which OUTPUT adds up by itself.
+# Areas of what attention gives: for so many parts of the keys, at most, which the readers of `mixed` add up by
+# themselves. It is float32 [AREAS, heads, d], then [AREAS, heads, 2]: a part's largest score and its sum of weights.
 AREAS_SHIFT = 1
 AREAS = 1 << AREAS_SHIFT
 
@@ -29,7 +30,7 @@ BIAS, UP_BIAS, DOWN_BIAS, NORM, MLP_NORM = 10, 13, 14, 15, 16  # BIAS: of QKV, o
 K_PAGES, V_PAGES, Q_NORM, WINDOW, ROTATED = 17, 18, 19, 21, 22  # behind Q_NORM the keys' norm
 COLUMNS = 24
 SHAPE = 8  # numbers that a block keeps of each shape
-PAGES = 512  # of the page table that a block keeps
+PAGES = 512  # of the page table that a block keeps: a multiple of 4
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Plan:
 
     @property
     def begun(self) -> int:
-        """Whether the numbers of pages are there, and what earlier tokens left in them."""
+        """Whether the numbers of pages are there."""
         return self.copied + 4
 
     @property

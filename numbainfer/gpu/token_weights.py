@@ -83,7 +83,7 @@ def make_share(warps: int, shared: int) -> Share:
         else:
             rounds = int32(uint32(keys + at_once - 1) // uint32(at_once))
             of_part = shift_right(int32(rounds + int32((int32(1) << parts_shift) - 1)), parts_shift)
-            size = int32(max(int32(2), of_part) * at_once)  # merging takes as long as one round
+            size = int32(max(int32(2), of_part) * at_once)  # merging takes as long as a chunk of all warps
         return begin, size, sources
 
     @device_function
