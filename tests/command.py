@@ -121,3 +121,22 @@ def spoil_tensor(directory: Path, name: str, value: float) -> None:
     middle = start + (begin + end) // 8 * 4
     data[middle : middle + 4] = np.float32(value).tobytes()
     path.write_bytes(data)
+
+
+def write_models(folder: Path) -> dict[str, Path]:
+    """A tiny model of each kind."""
+    succeed("convert", write_model(folder / "hf"), folder / "converted")
+    return {
+        "hf": folder / "hf",
+        "converted": folder / "converted",
+        "chat": write_chat_model(folder / "chat"),
+        "endless": write_model(folder / "endless", **ENDLESS),
+        "gguf": write_gguf(folder / "model.gguf"),
+        "bin": STORIES,
+    }
+
+
+def run(model: object, *arguments: object, **options: Any) -> Any:
+    """The JSON of `numbainfer run`, greedy unless told otherwise."""
+    sampling = () if "--temperature" in arguments else GREEDY
+    return succeed("run", model, *arguments, "--json", *sampling, **options).json

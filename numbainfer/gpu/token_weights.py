@@ -181,6 +181,7 @@ def make_movers(plan: Plan) -> Movers:
 
         @device_function
         def walk(memory, layers, with_head, lane, block, heads, kv_heads, units_per_key, parts_shift):
+            """Of each layer: QKV, earlier keys and values, output, gate and up in turn, down; then the head."""
             number, layer = int32(0), int32(0)
             while layer <= layers:
                 matrices = int32(HEAD_SHAPE) if layer < layers else int32(with_head)
