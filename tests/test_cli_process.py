@@ -181,6 +181,25 @@ def test_ctrl_c_at_any_moment(endless: Path) -> None:
 
 
 @posix
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_while_llvm_takes_a_module(number: int, code: int, endless: Path) -> None:
+    """The module would be freed twice if the exception came before it is marked as taken."""
+    preparation = f"""
+import signal
+from llvmlite.binding.executionengine import ExecutionEngine
+mark = ExecutionEngine.__init__
+def interrupted(*arguments, **named):
+    signal.raise_signal({int(number)})
+    mark(*arguments, **named)
+ExecutionEngine.__init__ = interrupted
+"""
+    process = start_with(preparation, "run", endless, "hi", *ENDLESSLY)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err.decode()
+    assert not re.search("Traceback|Exception|error", err.decode()), err.decode()
+
+
+@posix
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
 )

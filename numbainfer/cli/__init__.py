@@ -93,8 +93,11 @@ def _prepare_streams() -> None:
 def _signals_that_unwind() -> Iterator[None]:
     """Within, `kill` and a closed terminal end the process as Ctrl-C does: what is half-written is removed."""
 
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
+    def stop(number: int, frame: FrameType | None) -> None:
+        if _must_not_unwind(frame):
+            _raise_later(number)
+        else:
+            raise SystemExit(128 + number)
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     # One that is ignored stays so: nohup does that.
@@ -112,15 +115,24 @@ def _signals_that_unwind() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C: KeyboardInterrupt, but not within an import: modules written in C print it, or make it an ImportError."""
-    while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            _raise_later(number)
-            return
-        frame = frame.f_back
+    """Ctrl-C."""
+    if _must_not_unwind(frame):
+        _raise_later(number)
+        return
     global _interrupted_at  # noqa: PLW0603
     _interrupted_at = time.monotonic()
     raise KeyboardInterrupt
+
+
+def _must_not_unwind(frame: FrameType | None) -> bool:
+    """Whether an exception that comes from nowhere does harm here. In an import, modules written in C print it, or make
+    it an ImportError. In llvmlite, what LLVM has taken over is not marked as taken yet: it would be freed twice."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name == "<frozen importlib._bootstrap>" or f"{os.sep}llvmlite{os.sep}" in name:
+            return True
+        frame = frame.f_back
+    return False
 
 
 _interrupted_at = -1.0
