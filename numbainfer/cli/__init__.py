@@ -94,9 +94,7 @@ def _signals_that_unwind() -> Iterator[None]:
     """Within, `kill` and a closed terminal end the process as Ctrl-C does: what is half-written is removed."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if _must_not_unwind(frame):
-            _raise_later(number)
-        else:
+        if not _postponed(number, frame):
             raise SystemExit(128 + number)
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -116,20 +114,21 @@ def _signals_that_unwind() -> Iterator[None]:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Ctrl-C."""
-    if _must_not_unwind(frame):
-        _raise_later(number)
+    if _postponed(number, frame):
         return
     global _interrupted_at  # noqa: PLW0603
     _interrupted_at = time.monotonic()
     raise KeyboardInterrupt
 
 
-def _must_not_unwind(frame: FrameType | None) -> bool:
-    """Whether an exception that comes from nowhere does harm here. In an import, modules written in C print it, or make
-    it an ImportError. In llvmlite, what LLVM has taken over is not marked as taken yet: it would be freed twice."""
+def _postponed(number: int, frame: FrameType | None) -> bool:
+    """Whether an exception that comes from nowhere would do harm here: the signal then comes again a moment later. In
+    an import, modules written in C print it, or make it an ImportError. In llvmlite, what LLVM has taken over may not
+    be marked as taken yet: it would be freed twice."""
     while frame is not None:
         name = frame.f_code.co_filename
         if name == "<frozen importlib._bootstrap>" or f"{os.sep}llvmlite{os.sep}" in name:
+            _raise_later(number)
             return True
         frame = frame.f_back
     return False
