@@ -124,7 +124,9 @@ def test_attention_of_one_token(
 def attention_of_a_block(head_dim: int, shared: int, warps: int, mine: bool) -> Kernel:
     """A kernel of attention_core alone: raw [shared + 2, d], and `summary` behind the sums in `out`."""
     layout, width = Layout(head_dim, shared, warps), shared * head_dim
-    fetch, prepare, _, _, _, _, attend, own_key, weigh, element, dimension = make_core(head_dim, shared, warps)
+    core = make_core(head_dim, shared, warps)
+    fetch, prepare, attend, own_key = core.fetch, core.prepare, core.attend, core.own_key
+    weigh, element, dimension = core.weigh, core.element, core.dimension
     threads, words, at_summary = 32 * warps, head_dim // 4, layout.summary
 
     @kernel("f32p u16p u16p i32p i32 i32 f32 f32p", threads=threads)

@@ -58,8 +58,8 @@ def heads_together(heads: int, kv_heads: int) -> int:
 class Layout:
     """How a block's shared memory is laid out: byte offsets, multiples of 16.
 
-    head_dim: 64 or 128. shared: query heads of a block, 1 to 8. warps: of the block, at most 31; the piece of number
-    `warps` is the step's own key.
+    head_dim: 64 or 128. shared: query heads of a block, 1 to 8. warps: of the block, at most 31; behind the pieces
+    of its warps is one for the step's own key.
     """
 
     head_dim: int
@@ -128,6 +128,33 @@ class Core(NamedTuple):
     dimension: Any
 
 
+def make_loads(head_dim: int, load: Any, row_at: Any) -> tuple[Any, Any]:
+    """The functions that bring a lane's part of 16 keys and of their values, from `start` on, to registers: int32
+    [d / 4]. load: 16 bytes at an address. row_at(start, base, end, i, offset): where a byte of the row of key base + i
+    is, or of the last key's, end - 1."""
+    loads, halves = head_dim // 32, head_dim // 64
+
+    @device_function
+    def load_keys(k, start, base, end, lane):
+        """Keys base + g and base + 8 + g: of each 32 dimensions the lane's 8."""
+        for n in range(2):
+            at = row_at(start, base, end, 8 * n + (lane >> 2), 16 * (lane & 3))
+            for i in range(loads):
+                j = 4 * (2 * i + n)
+                k[j], k[j + 1], k[j + 2], k[j + 3] = load(at + 64 * i)
+
+    @device_function
+    def load_values(v, start, base, end, lane):
+        """Values of the keys base + 2t, 2t + 1, 2t + 8, 2t + 9: of each 64 dimensions the lane's 8."""
+        for r in range(4):
+            at = row_at(start, base, end, 2 * (lane & 3) + (r & 1) + 8 * (r >> 1), 16 * (lane >> 2))
+            for i in range(halves):
+                j = 4 * (4 * i + r)
+                v[j], v[j + 1], v[j + 2], v[j + 3] = load(at + 128 * i)
+
+    return load_keys, load_values
+
+
 @cache
 def make_core(head_dim: int, shared: int, warps: int) -> Core:
     """The functions for heads of head_dim and blocks of that many query heads and warps."""
@@ -136,33 +163,28 @@ def make_core(head_dim: int, shared: int, warps: int) -> Core:
     at_values, piece_bytes = plan.values, plan.piece
     at_tops, at_totals, at_summary = plan.tops, plan.totals, plan.summary
     at_key, at_value = 4 * shared * head_dim, 4 * (shared + 1) * head_dim
-    loads, halves = head_dim // 32, head_dim // 64  # of 16 bytes: a lane's of a key; of a value's 64 dimensions
+    loads = head_dim // 32  # of 16 bytes: a lane's of a key
     tiles, sums = head_dim // 16, head_dim // 4
     roomy = head_dim == 64  # registers for keys and values at once, at 16 warps a block
     most, shift = int32(8 * head_dim // 2), head_dim.bit_length() - 2  # words of a plane, of a row as a power of 2
 
     @device_function
+    def row_at(start, base, end, i, offset):
+        """In the page that begins at `start`."""
+        key = min(int32(base + i), int32(end - 1)) & (PAGE - 1)
+        return start + int32(2 * head_dim * key + offset)
+
+    load_keys, load_values = make_loads(head_dim, load_i32x4, row_at)
+
+    @device_function
     def fetch_keys(k, k_pages, page, base, end, lane):
-        """Keys base + g and base + 8 + g: of each 32 dimensions the lane's 8. page: its number times kv_heads, plus the
-        head's."""
-        start = address(k_pages) + int64(page) * (2 * PAGE * head_dim)
-        for n in range(2):
-            key = min(int32(base + 8 * n + (lane >> 2)), int32(end - 1)) & (PAGE - 1)
-            at = start + int32(2 * head_dim * key + 16 * (lane & 3))
-            for i in range(loads):
-                j = 4 * (2 * i + n)
-                k[j], k[j + 1], k[j + 2], k[j + 3] = load_i32x4(at + 64 * i)
+        """Keys from `base` on. page: its number times kv_heads, plus the head's."""
+        load_keys(k, address(k_pages) + int64(page) * (2 * PAGE * head_dim), base, end, lane)
 
     @device_function
     def fetch_values(v, v_pages, page, base, end, lane):
-        """Values of the keys base + 2t, 2t + 1, 2t + 8, 2t + 9: of each 64 dimensions the lane's 8."""
-        start = address(v_pages) + int64(page) * (2 * PAGE * head_dim)
-        for r in range(4):
-            key = min(int32(base + 2 * (lane & 3) + (r & 1) + 8 * (r >> 1)), int32(end - 1)) & (PAGE - 1)
-            at = start + int32(2 * head_dim * key + 16 * (lane >> 2))
-            for i in range(halves):
-                j = 4 * (4 * i + r)
-                v[j], v[j + 1], v[j + 2], v[j + 3] = load_i32x4(at + 128 * i)
+        """Their values."""
+        load_values(v, address(v_pages) + int64(page) * (2 * PAGE * head_dim), base, end, lane)
 
     @device_function
     def fetch(k, v, k_pages, v_pages, table, kv_heads, g, base, end, lane):

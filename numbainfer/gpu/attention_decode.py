@@ -73,7 +73,9 @@ def _turn(head, weight, normed, eps, head_dim, half, cos, sin, target, lane):
 def _decode(head_dim: int, shared: int, fused: bool, halves: bool):
     """shared: query heads of a block. halves: the result as HalfRows, in float16."""
     layout = Layout(head_dim, shared, WARPS)
-    fetch, prepare, _, _, _, _, attend, own_key, weigh, element, dimension = make_core(head_dim, shared, WARPS)
+    core = make_core(head_dim, shared, WARPS)
+    fetch, prepare, attend, own_key = core.fetch, core.prepare, core.attend, core.own_key
+    weigh, element, dimension = core.weigh, core.element, core.dimension
     width, words = shared * head_dim, head_dim // 4
     shift = head_dim.bit_length() - 1
     chunk = KEYS * WARPS  # keys that the warps of a block read at a time

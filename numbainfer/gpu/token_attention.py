@@ -14,7 +14,7 @@ from typing import Any
 from numba import cuda
 from numpy import float32, int32, int64, uint32
 
-from numbainfer.gpu.attention_core import KEYS, NOTHING, make_core
+from numbainfer.gpu.attention_core import KEYS, NOTHING, make_core, make_loads
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.pipeline import barrier_wait, synchronize_threads
 from numbainfer.gpu.ptx import (
@@ -78,7 +78,6 @@ def make_attention(plan: Plan) -> Any:
     at_tops, at_totals, at_summary = plan.area + layout.tops, plan.area + layout.totals, plan.area + layout.summary
     head_shift = head_dim.bit_length() - 1
     width, words, per_lane, sums = shared * head_dim, head_dim // 4, head_dim // 32, head_dim // 4
-    loads, halves = head_dim // 32, head_dim // 64  # of 16 bytes: a lane's of a key; of a value's 64 dimensions
     batch = 16 if head_dim == 64 else 8  # parts that a thread merges at a time: there are registers for it
 
     @device_function
@@ -110,24 +109,11 @@ def make_attention(plan: Plan) -> Any:
                 v[j], v[j + per_lane // 2] = first * cos - second * sin, second * cos + first * sin
 
     @device_function
-    def load_keys(k, at, base, end, lane):
-        """As attention_core's fetch_keys, from a chunk in shared memory."""
-        for n in range(2):
-            row = min(int32(8 * n + (lane >> 2)), int32(end - base - 1))
-            from_row = int32(at + 2 * head_dim * row + 16 * (lane & 3))
-            for i in range(loads):
-                j = 4 * (2 * i + n)
-                k[j], k[j + 1], k[j + 2], k[j + 3] = shared_i32x4(int32(from_row + 64 * i))
+    def row_at(start, base, end, i, offset):
+        """In the chunk that begins at `start`, with key `base`."""
+        return int32(start + 2 * head_dim * min(int32(i), int32(end - base - 1)) + offset)
 
-    @device_function
-    def load_values(v, at, base, end, lane):
-        """As fetch_values."""
-        for r in range(4):
-            row = min(int32(2 * (lane & 3) + (r & 1) + 8 * (r >> 1)), int32(end - base - 1))
-            from_row = int32(at + 2 * head_dim * row + 16 * (lane >> 2))
-            for i in range(halves):
-                j = 4 * (4 * i + r)
-                v[j], v[j + 1], v[j + 2], v[j + 3] = shared_i32x4(int32(from_row + 128 * i))
+    load_keys, load_values = make_loads(head_dim, shared_i32x4, row_at)
 
     @device_function
     def attend(memory, first, behind, start, end, lowest, warp, lane):
