@@ -6,45 +6,42 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numbainfer.bench import Feeder, bytes_moved
 from numbainfer.config import ModelConfig
-from numbainfer.cpu import BandwidthProbe
-from numbainfer.device import Device, cpu_name
+from numbainfer.device import Device
 from numbainfer.model import Model
 from numbainfer.random_weights import RANDOM, RandomWeights
-from numbainfer.registry import bind
+from numbainfer.registry import backend, bind
 
-# Both engines keep threads that poll for work for a while after their last call; they get this long to fall asleep.
+# On CPUs, both engines keep threads that poll for work for a while after their last call: time to fall asleep.
 REST_SECONDS = 0.3
 
 
 class Numbainfer:
     """Random int8 weights of a real shape, behind the calls that a peer offers too."""
 
-    def __init__(self, architecture: str, context: int, threads: int) -> None:
-        self.ops = bind(Device("cpu"), threads)
+    def __init__(self, architecture: str, context: int, device: Device, threads: int) -> None:
+        self.ops = bind(device, threads)
         self.model = Model(self.ops, RandomWeights(architecture), context)
         feeder = Feeder(self.model)
         self.reset, self.prefill = feeder.reset, feeder.feed
-
-    def decode(self, count: int) -> None:
-        """Appends `count` tokens one by one."""
-        for _ in range(count):
-            self.prefill(1)
+        # One by one. The choice of the next token is part of it here, and is not part of a peer's.
+        self.decode = feeder.generate
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, devices: Sequence[str] = ("cpu",)) -> argparse.Namespace:
     """The options that every comparison takes."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=devices, default=devices[0])
     parser.add_argument("--model", choices=RANDOM, default="llama-3.2-1b")
     parser.add_argument("-p", "--prompt-tokens", type=int, default=512)
     parser.add_argument("-n", "--gen-tokens", type=int, default=64)
     parser.add_argument("-d", "--depth", type=int, default=0, help="tokens in the cache before the test")
     parser.add_argument("-r", "--repetitions", type=int, default=3)
-    parser.add_argument("-t", "--threads", type=int, default=2)
+    parser.add_argument("-t", "--threads", type=int, default=2, help="on the CPU")
     parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
     return parser.parse_args()
 
@@ -59,8 +56,10 @@ def compare(name: str, peer: Any, options: argparse.Namespace) -> None:
 
     peer: an object with reset(depth), prefill(count) and decode(count).
     """
-    ours = Numbainfer(options.model, options.depth + max(options.prompt_tokens, options.gen_tokens), options.threads)
-    probe = BandwidthProbe(ours.ops.stream)
+    device = Device.parse(options.device)
+    context = options.depth + max(options.prompt_tokens, options.gen_tokens)
+    ours = Numbainfer(options.model, context, device, options.threads)
+    probe = backend(device.kind).BandwidthProbe(ours.ops.stream)
     rows = []
     for test, count in (("pp", options.prompt_tokens), ("tg", options.gen_tokens)):
         if count == 0:
@@ -83,13 +82,14 @@ def compare(name: str, peer: Any, options: argparse.Namespace) -> None:
             {
                 "model": options.model,
                 "test": f"{test}{count}" + (f"@d{options.depth}" if options.depth else ""),
-                "threads": options.threads,
+                "device": options.device,
+                "threads": options.threads if options.device == "cpu" else None,
                 "numbainfer": count / taken,
                 name: count / statistics.median(seconds[name]),
                 "ratio": statistics.median(ratios),
                 "percent_of_ceiling": 100 * moved / statistics.median(ceilings) if test == "tg" else None,
                 "ceiling_gb_s": statistics.median(ceilings) / 1e9,
-                "cpu": cpu_name(),
+                "device_name": backend(device.kind).device_name(device),
             }
         )
     if options.output == "json":
@@ -97,8 +97,9 @@ def compare(name: str, peer: Any, options: argparse.Namespace) -> None:
         return
     for row in rows:
         share = f", {row['percent_of_ceiling']:.0f}% of the read bandwidth" if row["percent_of_ceiling"] else ""
+        threads = f", {row['threads']} threads" if row["threads"] else ""
         print(
-            f"{row['model']} {row['test']} ({row['threads']} threads): numbainfer {row['numbainfer']:.1f} tok/s, "
+            f"{row['model']} {row['test']} ({row['device_name']}{threads}): numbainfer {row['numbainfer']:.1f} tok/s, "
             f"{name} {row[name]:.1f} tok/s, ratio {row['ratio']:.2f}{share}",
             flush=True,
         )

@@ -1,7 +1,10 @@
-"""numbainfer beside llama.cpp on the same cores: same shape, random weights, int8 here and Q8_0 there.
+"""numbainfer beside llama.cpp on the same device: same shape, random weights, int8 here and Q8_0 there.
 
     pip install ".[llama-cpp]"
-    python benchmarks/cpu_vs_llama_cpp.py --model llama-3.2-1b
+    python benchmarks/vs_llama_cpp.py --model llama-3.2-1b
+
+    CMAKE_ARGS="-DGGML_CUDA=on" pip install ".[gpu,llama-cpp]"        for a GPU: takes a compiler, nvcc and an hour
+    python benchmarks/vs_llama_cpp.py --model llama-3.2-1b --device cuda -d 128 -n 128
 
 llama.cpp's model is written as a GGUF into a temporary directory.
 """
@@ -82,15 +85,21 @@ def write_q8_0(architecture: str, path: Path) -> None:
 class LlamaCpp:
     """A GGUF in llama.cpp, through its C interface."""
 
-    def __init__(self, path: Path, context: int, threads: int) -> None:
+    def __init__(self, path: Path, context: int, device: str, threads: int) -> None:
         llama_cpp.llama_backend_init()
         self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
-        self._model = llama_cpp.llama_load_model_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        if device == "cuda" and not llama_cpp.llama_supports_gpu_offload():
+            raise SystemExit("this llama-cpp-python was built without CUDA: see --help")
+        model: Any = llama_cpp.llama_model_default_params()
+        model.n_gpu_layers = -1 if device == "cuda" else 0  # -1: all
+        self._model = llama_cpp.llama_load_model_from_file(str(path).encode(), model)
         params: Any = llama_cpp.llama_context_default_params()
         params.n_ctx = context + 8
         params.n_batch = params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = threads
+        if device == "cuda":
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self._context = llama_cpp.llama_new_context_with_model(self._model, params)
         if not self._context:
             raise RuntimeError(f"llama.cpp can't open {path}")
@@ -125,12 +134,12 @@ class LlamaCpp:
 
 
 def main() -> None:
-    options = arguments(__doc__ or "")
+    options = arguments(__doc__ or "", ("cpu", "cuda"))
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "random.gguf"
         write_q8_0(options.model, path)
         context = options.depth + max(options.prompt_tokens, options.gen_tokens)
-        compare("llama.cpp Q8_0", LlamaCpp(path, context, options.threads), options)
+        compare("llama.cpp Q8_0", LlamaCpp(path, context, options.device, options.threads), options)
 
 
 if __name__ == "__main__":
