@@ -97,8 +97,8 @@ def tagged_key(key, tag):
 
 
 @family(
-    (64, 4, 16, 2048, 2048, 8192, 64, 2048, 972, 23, 5, 4087, 16),
-    (64, 7, 24, 896, 896, 4864, 64, 1216, 1152, 21, 5, 4087, 16),
+    (64, 4, 16, 2048, 2048, 8192, 64, 2048, 972, 22, 5, 4087, 16),
+    (64, 7, 24, 896, 896, 4864, 64, 1216, 1152, 20, 5, 4087, 16),
     (128, 4, 32, 4096, 4096, 14336, 64, 2048, 1944, 11, 3, 4087, 16),
 )
 def _token(*numbers: int) -> Kernel:
@@ -111,9 +111,10 @@ def _token(*numbers: int) -> Kernel:
     at_begun, at_page_numbers = plan.begun, plan.page_numbers
     shift = plan.group.bit_length() - 1
     attend, (copy_all, fetch_ahead) = make_attention(plan), make_movers(plan)
-    load_part, multiply = make_products(plan)
+    find_rows, load_part, multiply = make_products(plan)
     await_numbers, await_parts, embed, quantize = make_input(plan)
     spread, _ = make_share(plan.warps, plan.shared)
+    # In all what the block has, 96 for each thread: who asks for more waits for ever.
     give_registers, take_registers = fewer_registers(32), more_registers(112)
 
     @device_function
@@ -259,6 +260,10 @@ def _token(*numbers: int) -> Kernel:
             before = int32(first * int32(int32(width >> shift) << 1))
             lead, up_lead = int32(shared_i32(scales_of) + before), int32(shared_i32(int32(scales_of + 16)) + before)
 
+            matrix = stride, width, start, rows, inverse, number, gated, lead, up_lead
+            row_of_warp = shift_right(warp, log_parts)  # its first
+            find_rows(memory, row_of_warp, matrix, warp, lane)
+
             sources = int32(1)
             if step == OUTPUT:
                 window = shared_i32(int32(row_of_table + 8 * WINDOW))
@@ -300,24 +305,22 @@ def _token(*numbers: int) -> Kernel:
             if layer == 0 and thread == 0:
                 shared_store_i32(int32(memory + at_begun), int32(1))
 
-            # Products: a warp's parts are of the same columns, whose activations stay in registers.
-            load_part(memory, words, word_scales, start, end, lane)
-            multiply(
-                memory, words, word_scales, start, end, width, shift_right(warp, log_parts), stride, count, of_block,
-                rows, inverse, number, gated, lead, up_lead, warp, lane,
-            )  # fmt: skip
-            if lane == 0:
-                number = int32(number + (2 * times if gated else times))
-                shared_store_i32(int32(memory + at_progress + 4 * warp), number)
-            synchronize()
-
             factor = float32(1)
-            if normed:
+            if normed:  # now, while activations come from shared memory: behind the products all wait for it
                 squares = float32(0)
                 for w in range(warps // 4):
                     four = shared_f32x4(int32(memory + at_squares + 16 * w))
                     squares += (four[0] + four[1]) + (four[2] + four[3])
                 factor = inverse_root(squares / float32(width) + eps)
+
+            # Products: a warp's parts are of the same columns, whose activations stay in registers.
+            load_part(memory, words, word_scales, start, end, lane)
+            multiply(memory, words, word_scales, row_of_warp, matrix, end, count, of_block, warp, lane)
+            if lane == 0:
+                number = int32(number + (2 * times if gated else times))
+                shared_store_i32(int32(memory + at_progress + 4 * warp), number)
+            synchronize()
+
             best = SMALLEST
             i = thread
             while (i & int32(-32)) < of_block:

@@ -12,6 +12,7 @@ MOST_PART = 2048  # bytes of a row that a warp takes at a time
 
 SLOT = 8 << 10  # bytes of a slot of the ring, or a row where that is longer
 SPARE = 3  # slots of the ring, if it has so many, beside those with the chunks that warps wait for at a time
+ENTRIES = 16  # a warp's rows whose places in the ring it finds at a time
 IN_FLIGHT = 5  # slots that copies are under way to, at most: more would only hold up what blocks exchange
 FETCHED = 112 << 10  # bytes that are brought to the second-level cache ahead of the copies to the ring
 FETCH_RATE = 1.25  # how fast, as a share of what memory can do at most: faster, they are in the copies' way
@@ -178,9 +179,14 @@ class Plan:
         return self.own + 128 * self.warps
 
     @property
+    def entries(self) -> int:
+        """Of each warp ENTRIES times four numbers: where its next rows are in the ring."""
+        return self.sums + 16 * -(-self.items // 4)
+
+    @property
     def area(self) -> int:
         """What the steps use in turn: a product's input, or attention's."""
-        return self.sums + 16 * -(-self.items // 4)
+        return self.entries + 16 * ENTRIES * self.warps
 
     @property
     def scales(self) -> int:

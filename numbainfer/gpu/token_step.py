@@ -10,7 +10,7 @@ from numbainfer.gpu.attention_core import MOST_PARTS, heads_together
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.token_kernel import _token
-from numbainfer.gpu.token_plan import AREAS, COLUMNS, NORM, WARPS, Plan, Shape, cut, make_plan
+from numbainfer.gpu.token_plan import AREAS, COLUMNS, ENTRIES, NORM, WARPS, Plan, Shape, cut, make_plan
 from numbainfer.memory import MemoryPool
 from numbainfer.quantization import QuantizedMatrix
 
@@ -143,6 +143,6 @@ def _fits(plan: Plan, blocks: int, shapes: list[Shape], layer: Any, units: int) 
     return (
         max(blocks, rows[1], *biased) <= threads
         and units <= blocks
-        and max(rows) + 2 * plan.warps < 1 << 15  # times 65536 / rows of a slot, in 32 bits
+        and max(rows) + ENTRIES * plan.warps < 1 << 15  # times 65536 / rows of a slot, in 32 bits
         and all(count * some < 1 << 16 for count, some in zip(rows, per_slot, strict=True))
     )
