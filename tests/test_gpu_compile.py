@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
+
 import pytest
 
 pytest.importorskip("numba_cuda", reason="the gpu extra is not installed")
@@ -11,8 +14,11 @@ from numbainfer.gpu.compile import Kernel, all_kernels
 ARCHITECTURES = [(8, 0), (9, 0)]
 STATIC_SHARED = 48 << 10  # bytes: more has to be dynamic
 REGISTERS = 65536  # of a multiprocessor
+WARPGROUP = 128  # threads
 
 KERNELS = all_kernels()
+TOKENS = [k for k in KERNELS if k.name == "token"]
+PRODUCT = next(k for k in KERNELS if k.function.__module__.endswith("mma_kernel") and k.only == (9, 0))
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES, ids=["sm_80", "sm_90"])
@@ -31,10 +37,27 @@ def test_compiles(kernel: Kernel, capability: tuple[int, int]) -> None:
         assert cubin.stack == 0, "a local array did not fit into registers"
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.name == "token"], ids=lambda k: k.symbol)
+@cache
+def ptx(kernel: Kernel) -> str:
+    return str(kernel.intermediate((9, 0), "ptx"))
+
+
+@pytest.mark.parametrize("kernel", TOKENS, ids=lambda k: k.symbol)
 def test_one_token_takes_no_double_precision(kernel: Kernel) -> None:
     """A name that is an int32 here and a float32 there is a float64 to Numba."""
-    assert ".f64" not in str(kernel.intermediate((9, 0), "ptx"))
+    assert ".f64" not in ptx(kernel)
+
+
+@pytest.mark.parametrize("kernel", [*TOKENS, PRODUCT], ids=lambda k: k.symbol)
+def test_registers_suffice(kernel: Kernel) -> None:
+    """A warpgroup gives registers that the others take. Who asks for more than the block has waits for ever."""
+    given, taken = (
+        {int(count) for count in re.findall(rf"setmaxnreg\.{way}\.sync\.aligned\.u32 (\d+)", ptx(kernel))}
+        for way in ("dec", "inc")
+    )
+    assert len(given) == len(taken) == 1
+    wanted = WARPGROUP * given.pop() + (kernel.threads - WARPGROUP) * taken.pop()
+    assert wanted <= kernel.threads * kernel.cubin((9, 0)).registers
 
 
 def test_symbols_tell_kernels_apart() -> None:
