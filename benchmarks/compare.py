@@ -14,7 +14,7 @@ from numbainfer.config import ModelConfig
 from numbainfer.device import Device
 from numbainfer.model import Model
 from numbainfer.random_weights import RANDOM, RandomWeights
-from numbainfer.registry import backend, bind
+from numbainfer.registry import bind
 
 # On CPUs, both engines keep threads that poll for work for a while after their last call: time to fall asleep.
 REST_SECONDS = 0.3
@@ -59,7 +59,7 @@ def compare(name: str, peer: Any, options: argparse.Namespace) -> None:
     device = Device.parse(options.device)
     context = options.depth + max(options.prompt_tokens, options.gen_tokens)
     ours = Numbainfer(options.model, context, device, options.threads)
-    probe = backend(device.kind).BandwidthProbe(ours.ops.stream)
+    probe = ours.ops.backend.BandwidthProbe(ours.ops.stream)
     rows = []
     for test, count in (("pp", options.prompt_tokens), ("tg", options.gen_tokens)):
         if count == 0:
@@ -89,7 +89,7 @@ def compare(name: str, peer: Any, options: argparse.Namespace) -> None:
                 "ratio": statistics.median(ratios),
                 "percent_of_ceiling": 100 * moved / statistics.median(ceilings) if test == "tg" else None,
                 "ceiling_gb_s": statistics.median(ceilings) / 1e9,
-                "device_name": backend(device.kind).device_name(device),
+                "device_name": ours.ops.backend.device_name(device),
             }
         )
     if options.output == "json":

@@ -21,61 +21,34 @@ import llama_cpp
 import numpy as np
 from compare import arguments, compare, config_of
 
-_ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
-_BLOCK = 34  # bytes of a Q8_0 block: a float16 scale and 32 int8 values
+from numbainfer.converters.gguf_keys import architecture_of, model_keys
+from numbainfer.converters.gguf_writer import BLOCK, add_key, gguf_name
+from numbainfer.specs import parameter_groups
 
 
 def write_q8_0(architecture: str, path: Path) -> None:
     """A GGUF of that shape with random Q8_0 matrices and no vocabulary."""
     config = config_of(architecture)
-    name = _ARCHITECTURES[config.architecture]
+    if config.experts is not None:
+        raise SystemExit(f"{architecture} is a mixture of experts: only dense shapes are compared")
+    name = architecture_of(config)
     writer = gguf.GGUFWriter(path, name)
-    writer.add_context_length(config.max_positions)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_vocab_size(config.vocab_size)
+    for key, value in model_keys(config, name).items():
+        add_key(writer, key, value)
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-
     random = np.random.default_rng(0).integers(-127, 128, 1 << 24, dtype=np.int8)
-
-    def matrix(tensor: str, rows: int, width: int) -> None:
-        blocks = np.empty((rows * width // 32, _BLOCK), np.uint8)
-        blocks[:, :2] = np.full(1, 1 / (73 * width**0.5), np.float16).view(np.uint8)
-        blocks[:, 2:] = np.resize(random, rows * width).view(np.uint8).reshape(-1, 32)
-        writer.add_tensor(tensor, blocks.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-
-    def vector(tensor: str, size: int, value: float) -> None:
-        writer.add_tensor(tensor, np.full(size, value, np.float32))
-
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    matrix("token_embd.weight", config.vocab_size, hidden)
-    vector("output_norm.weight", hidden, 1)
-    if not config.tied_embeddings:
-        matrix("output.weight", config.vocab_size, hidden)
-    for i in range(config.layers):
-        vector(f"blk.{i}.attn_norm.weight", hidden, 1)
-        vector(f"blk.{i}.ffn_norm.weight", hidden, 1)
-        for part, rows in (("q", q), ("k", kv), ("v", kv)):
-            matrix(f"blk.{i}.attn_{part}.weight", rows, hidden)
-            if name == "qwen2":
-                vector(f"blk.{i}.attn_{part}.bias", rows, 0)
-        if name == "qwen3":
-            vector(f"blk.{i}.attn_q_norm.weight", config.head_dim, 1)
-            vector(f"blk.{i}.attn_k_norm.weight", config.head_dim, 1)
-        matrix(f"blk.{i}.attn_output.weight", hidden, q)
-        matrix(f"blk.{i}.ffn_gate.weight", inner, hidden)
-        matrix(f"blk.{i}.ffn_up.weight", inner, hidden)
-        matrix(f"blk.{i}.ffn_down.weight", hidden, inner)
+    for parameter in (p for group in parameter_groups(config) for p in group):
+        tensor, _ = gguf_name(parameter.name)
+        if parameter.is_matrix:
+            rows, width = parameter.shape
+            blocks = np.empty((rows * width // BLOCK, 2 + BLOCK), np.uint8)
+            blocks[:, :2] = np.full(1, 1 / (73 * width**0.5), np.float16).view(np.uint8)
+            blocks[:, 2:] = np.resize(random, rows * width).view(np.uint8).reshape(-1, BLOCK)
+            writer.add_tensor(tensor, blocks.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            norm = not parameter.name.endswith(".bias")
+            writer.add_tensor(tensor, np.full(parameter.shape, float(norm), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -89,16 +62,17 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
-        if device == "cuda" and not llama_cpp.llama_supports_gpu_offload():
+        on_gpu = device == "cuda"
+        if on_gpu and not llama_cpp.llama_supports_gpu_offload():
             raise SystemExit("this llama-cpp-python was built without CUDA: see --help")
         model: Any = llama_cpp.llama_model_default_params()
-        model.n_gpu_layers = -1 if device == "cuda" else 0  # -1: all
+        model.n_gpu_layers = -1 if on_gpu else 0  # -1: all
         self._model = llama_cpp.llama_load_model_from_file(str(path).encode(), model)
         params: Any = llama_cpp.llama_context_default_params()
         params.n_ctx = context + 8
         params.n_batch = params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = threads
-        if device == "cuda":
+        if on_gpu:
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self._context = llama_cpp.llama_new_context_with_model(self._model, params)
         if not self._context:

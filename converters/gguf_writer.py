@@ -131,7 +131,7 @@ def _write(
         if file_type == LlamaFileType.MOSTLY_Q8_0:
             writer.add_quantization_version(2)
         for key, value in keys.items():
-            _add(writer, key, value)
+            add_key(writer, key, value)
         factors = rope_factors(reader.config)
         if factors is not None:
             writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
@@ -179,7 +179,8 @@ def _chunks(reader: SourceReader, tensor: SourceTensor, kind: GGMLQuantizationTy
         yield codes.size, blocks.tobytes()
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+def add_key(writer: GGUFWriter, key: str, value: Any) -> None:
+    """A key of `model_keys` or `tokenizer_keys`, under the type that its value has."""
     adders: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
         int: writer.add_uint32,

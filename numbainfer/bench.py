@@ -25,7 +25,7 @@ from numbainfer.layers import Layer
 from numbainfer.loading import describe
 from numbainfer.model import Model
 from numbainfer.progress import Progress, silent
-from numbainfer.registry import backend, bind
+from numbainfer.registry import bind
 from numbainfer.specs import parameter_count
 
 
@@ -102,7 +102,7 @@ class Bench:
     def bandwidth(self) -> float:
         """Bytes per second of reading memory, now."""
         if self._probe is None:
-            self._probe = backend(self.ops.device.kind).BandwidthProbe(self.ops.stream)
+            self._probe = self.ops.backend.BandwidthProbe(self.ops.stream)
         return self._probe.measure()
 
     def run(self, repetitions: int) -> Iterator[dict[str, Any]]:
