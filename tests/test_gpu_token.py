@@ -27,7 +27,18 @@ from numbainfer.gpu.attention_core import KEYS
 from numbainfer.gpu.compile import kernel
 from numbainfer.gpu.pipeline import barrier_init, barrier_wait
 from numbainfer.gpu.ptx import address, peek_i32, post_i32, shared_address
-from numbainfer.gpu.token_plan import AREAS, IN_FLIGHT, WARPS, Shape, cut, longest_way, make_plan, slots_of
+from numbainfer.gpu.token_plan import (
+    AREAS,
+    IN_FLIGHT,
+    SLOT,
+    WARPS,
+    Shape,
+    cut,
+    longest_way,
+    make_plan,
+    slot_size,
+    slots_of,
+)
 from numbainfer.gpu.token_step import TokenStep, token_step
 from numbainfer.gpu.token_weights import make_share
 from numbainfer.kv_cache import PAGE, KVCache, Sequence
@@ -93,11 +104,14 @@ def stored(cache: KVCache, sequence: Sequence, position: int) -> np.ndarray:
     return np.array([pages[page, :, slot] for pages in (*cache.k_pages, *cache.v_pages)], np.float32)
 
 
-def narrow(pairs: int, halves: int, width: int, group: int, blocks: int, warps: int) -> Shape:
-    """In place of token_plan.cut: rows in up to 4 parts, and a thread for each of a block's."""
-    shapes = [Shape(pairs, halves, width, parts, -(-(width // group) // parts) * group) for parts in (4, 2, 1)]
+def narrow(pairs: int, halves: int, width: int, group: int, blocks: int, warps: int, slot: int) -> Shape:
+    """In place of token_plan.cut: rows in up to 4 parts, and a thread for each of a block's. Where parts are alike, the
+    ring has them as pieces of their own."""
     most = 32 * warps // -(-pairs // blocks)
-    return next(shape for shape in shapes if shape.parts <= most)
+    parts = next(parts for parts in (4, 2, 1) if parts <= most)
+    part = -(-(width // group) // parts) * group
+    numbered = -(-pairs // blocks) * parts * (slot // part) < 1 << 16  # see _fits
+    return Shape(pairs, halves, width, parts, part, parts if parts * part == width and numbered else 1)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +140,7 @@ def test_token(
     Those in an order of chance have narrow parts."""
     if order is not None:
         monkeypatch.setattr(sys.modules[TokenStep.__module__], "cut", narrow)
+        monkeypatch.setattr(token_plan, "SMALL_SLOT", SLOT)  # with heads of 128, a chunk and a half
     weights = source_weights(checkpoint_of(name), "int8", group)
     vocabulary = weights.config.vocab_size
     expected, actual = (build_model(operators("cpu"), weights, past + PAGE) for _ in range(2))
@@ -210,9 +225,9 @@ def test_sequences_in_turn(
 
 @pytest.mark.parametrize("past", [0, 150])
 def test_a_ring_of_few_slots(past: int, checkpoint_of: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows as long as a slot: a warp goes past many slots that hold none of its rows, or of its keys. Copies come out
+    """A warp goes past many slots that hold none of its rows, or of its keys. Copies come out
     of order, and threads run in any: every bit is the same."""
-    monkeypatch.setattr("test_gpu_token.SHARED_MEMORY", 64 << 10)
+    monkeypatch.setattr("test_gpu_token.SHARED_MEMORY", 72 << 10)
     weights = source_weights(checkpoint_of("token_long"), "int8", 32)
     expected, actual = (build_model(operators("cpu"), weights, past + PAGE) for _ in range(2))
     text = np.random.default_rng(past).integers(0, weights.config.vocab_size, past).tolist()
@@ -225,7 +240,7 @@ def test_a_ring_of_few_slots(past: int, checkpoint_of: Checkpoints, monkeypatch:
     results = []
     for order in (None, 1, 2, 3, 5):
         step = Emulated(actual, 3, order).step
-        assert step.plan.in_flight < IN_FLIGHT
+        assert step.plan.in_flight < IN_FLIGHT // step.plan.slot_codes
         assert step.plan.attending < WARPS
         logits = np.full((1, weights.config.vocab_size), np.nan, np.float32)
         step.launch(tokens, positions, rows, logits, None)
@@ -279,11 +294,12 @@ def ways(shape: Shape, blocks: int, slot_codes: int) -> Iterator[int]:
     """From each slot that a warp of the kernel waits for to its next one, in a matrix or in gate and up; to the first
     one from the slot before, which is known to be full."""
     for count in {(b + 1) * shape.pairs // blocks - b * shape.pairs // blocks for b in range(blocks)}:
-        most = slot_codes // shape.width
-        rows = (count - 1) // -(-count // most) + 1
+        pieces, most = count * shape.split, slot_codes // shape.piece
+        of_slot = (pieces - 1) // -(-pieces // most) + 1
         for warp in range(16):
-            mine = range(warp // shape.parts, count, 16 // shape.parts)
-            at = [-1, *(shape.halves * (row // rows) + half for row in mine for half in range(shape.halves))]
+            of_row = warp % shape.parts * shape.split // shape.parts
+            mine = range(warp // shape.parts * shape.split + of_row, pieces, 16 // shape.parts * shape.split)
+            at = [-1, *(shape.halves * (piece // of_slot) + half for piece in mine for half in range(shape.halves))]
             yield from (b - a for a, b in pairwise(at))
 
 
@@ -300,23 +316,25 @@ def test_plans_of_real_shapes(blocks: int) -> None:
         for group in GROUPS:
             rows = [(heads + 2 * kv_heads) * head_dim, hidden, inner, hidden, vocabulary]
             columns = [hidden, heads * head_dim, hidden, inner, hidden]
-            cuts = [cut(*shape, group, blocks, 16) for shape in zip(rows, (1, 1, 2, 1, 1), columns, strict=True)]
+            slot = slot_size(list(zip(rows, columns, strict=True)), blocks)
+            cuts = [cut(*shape, group, blocks, 16, slot) for shape in zip(rows, (1, 1, 2, 1, 1), columns, strict=True)]
             shapes = [shape for shape in cuts if shape is not None]
             assert len(shapes) == 5
             plan = make_plan(
-                head_dim, heads // kv_heads, 2, hidden, group, shapes, blocks, 16, SHARED_MEMORY - 1024, MEMORY_RATE
+                *(head_dim, heads // kv_heads, 2, hidden, group, shapes, blocks, 16, slot),
+                *(SHARED_MEMORY - 1024, MEMORY_RATE),
             )
             if plan is None:
                 assert inner > 18000
                 continue
             assert plan.nbytes <= SHARED_MEMORY - 1024
-            assert plan.chunk << plan.chunks_shift <= plan.slot_codes
+            assert 1 <= plan.halves <= min(32, 2 * plan.slot_codes // plan.chunk)
             assert plan.area % 16 == plan.shapes % 16 == plan.squares % 16 == 0
-            assert slots_of(plan.attending, plan.chunks_shift) + plan.in_flight <= plan.slots
+            assert slots_of(plan.attending, plan.halves) < plan.slots
             for shape in shapes:
                 longest = max(ways(shape, blocks, plan.slot_codes), default=0)
                 assert longest <= longest_way(shape, blocks, plan.slot_codes, 16)
-                assert 1 <= plan.in_flight <= min(IN_FLIGHT, plan.slots - longest)
+                assert 1 <= plan.in_flight <= min(max(1, IN_FLIGHT // plan.slot_codes), plan.slots - longest)
 
 
 @pytest.mark.parametrize("blocks", [132, 17])

@@ -37,6 +37,7 @@ from numbainfer.gpu.ptx import (
     shared_i32,
     shared_i32x4,
     shared_i64,
+    shared_peek_i32,
     shared_store_f32,
     shared_store_i32,
     shared_store_u16,
@@ -59,7 +60,7 @@ def marked(value, mark):
 def make_attention(plan: Plan) -> Any:
     """The step as a device function of the whole block."""
     head_dim, shared, warps, threads = plan.head_dim, plan.shared, plan.warps, 32 * plan.warps
-    layout, core = plan.attention, make_core(plan.head_dim, plan.shared, plan.warps)
+    layout, core = plan.attention, make_core(plan.head_dim, plan.shared, plan.attending)
     compare, soften, add_values, write_piece, dimension = (
         core.compare,
         core.soften,
@@ -68,8 +69,9 @@ def make_attention(plan: Plan) -> Any:
         core.dimension,
     )
     in_ring, (_, share) = make_in_ring(plan.slots), make_share(warps, shared)
-    slot_bytes, chunk_bytes, half_chunk, chunks_shift = plan.slot, plan.chunk, plan.chunk // 2, plan.chunks_shift
+    slot_bytes, half_chunk, halves = plan.slot, plan.chunk // 2, plan.halves
     attending, at_full, at_progress = plan.attending, plan.full, plan.progress
+    at_copied = plan.copied
     area, at_angles = plan.area, plan.angles
     at_pages, at_position, at_before = plan.pages, plan.position, plan.before
     at_queries, row_bytes = plan.area + layout.queries, layout.row
@@ -116,6 +118,17 @@ def make_attention(plan: Plan) -> Any:
     load_keys, load_values = make_loads(head_dim, shared_i32x4, row_at)
 
     @device_function
+    def await_half(memory, first, half):
+        """Where a half of a chunk is, as soon as it has come."""
+        turns = int32(uint32(half) // uint32(halves))
+        filled = int32(first + turns)
+        while shared_peek_i32(int32(memory + at_copied)) <= filled:  # its slot's filling before may be under way
+            pass
+        slot, parity = in_ring(filled)
+        barrier_wait(int32(memory + at_full + 8 * slot), parity)
+        return int32(memory + slot * slot_bytes + half_chunk * int32(half - turns * halves))
+
+    @device_function
     def attend(memory, first, behind, start, end, lowest, warp, lane):
         """A warp: every `attending`-th chunk of the part's keys. first: the slot of the first chunk; behind: the slot
         behind the last one. Writes the warp's piece."""
@@ -126,17 +139,17 @@ def make_attention(plan: Plan) -> Any:
         top, total = float32(NOTHING), float32(0)
         chunk, base = warp, int32(start + KEYS * warp)
         while base < end:
-            slot, parity = in_ring(int32(first + shift_right(chunk, int32(chunks_shift))))
-            barrier_wait(int32(memory + at_full + 8 * slot), parity)
-            at = int32(memory + slot * slot_bytes + chunk_bytes * int32(chunk & ((1 << chunks_shift) - 1)))
+            half = int32(2 * chunk)
+            at = await_half(memory, first, half)
             load_keys(k, at, base, end, lane)
             compare(memory + area, k, scores, lane)
-            load_values(v, int32(at + half_chunk), base, end, lane)
+            at = int32(at + half_chunk) if halves % 2 == 0 else await_half(memory, first, int32(half + 1))
+            load_values(v, at, base, end, lane)
             top, decay = soften(scores, top, base, end, lowest, lane)
             cuda.syncwarp()  # all lanes have read
             chunk, base = int32(chunk + attending), int32(base + KEYS * attending)
             if lane == 0:
-                following = int32(first + shift_right(chunk, int32(chunks_shift)))
+                following = int32(first + int32(uint32(2 * chunk) // uint32(halves)))
                 shared_store_i32(int32(memory + at_progress + 4 * warp), following if base < end else behind)
             total *= decay
             for i in range(4):
@@ -235,7 +248,7 @@ def make_attention(plan: Plan) -> Any:
             return
         all_chunks = int32(uint32(max(int32(end - start), int32(0)) + KEYS - 1) // uint32(KEYS))
         first = shared_i32(int32(memory + at_progress + 4 * warp))  # slot
-        behind = int32(first + int32(uint32(all_chunks + (1 << chunks_shift) - 1) >> uint32(chunks_shift)))
+        behind = int32(first + int32(uint32(2 * all_chunks + halves - 1) // uint32(halves)))
         if lane == 0 and (warp >= all_chunks or warp >= attending):
             shared_store_i32(int32(memory + at_progress + 4 * warp), behind)
         # Warps for the query heads, the key and the value; behind them some for the rows of zeros that tensor cores

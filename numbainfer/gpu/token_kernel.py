@@ -97,9 +97,9 @@ def tagged_key(key, tag):
 
 
 @family(
-    (64, 4, 16, 2048, 2048, 8192, 64, 2048, 972, 22, 5, 4087, 16),
-    (64, 7, 24, 896, 896, 4864, 64, 1216, 1152, 20, 5, 4087, 16),
-    (128, 4, 32, 4096, 4096, 14336, 64, 2048, 1944, 11, 3, 4087, 16),
+    (64, 4, 16, 2048, 2048, 8192, 64, 2048, 972, 12288, 15, 4, 3234, 16),
+    (64, 7, 24, 896, 896, 4864, 64, 1216, 1152, 8192, 20, 6, 3234, 16),
+    (128, 4, 32, 4096, 4096, 14336, 64, 2048, 1944, 12288, 14, 4, 3234, 16),
 )
 def _token(*numbers: int) -> Kernel:
     plan = Plan(*numbers)
@@ -111,7 +111,7 @@ def _token(*numbers: int) -> Kernel:
     at_begun, at_page_numbers = plan.begun, plan.page_numbers
     shift = plan.group.bit_length() - 1
     attend, (copy_all, fetch_ahead) = make_attention(plan), make_movers(plan)
-    find_rows, load_part, multiply = make_products(plan)
+    find_pieces, load_part, multiply = make_products(plan)
     await_numbers, await_parts, embed, quantize = make_input(plan)
     spread, _ = make_share(plan.warps, plan.shared)
     # In all what the block has, 96 for each thread: who asks for more waits for ever.
@@ -159,16 +159,18 @@ def _token(*numbers: int) -> Kernel:
             shared_store_i64(memory + at_table + 8 * i, table[i])
             i += threads
         if thread < SHAPES:  # the block's share of each shape of matrix
-            pairs, log_parts = shapes[4 * thread], shapes[4 * thread + 1]
-            width, size = shapes[4 * thread + 2], shapes[4 * thread + 3]
+            pairs, log_parts, width = shapes[5 * thread], shapes[5 * thread + 1], shapes[5 * thread + 2]
+            size, log_split = shapes[5 * thread + 3], shapes[5 * thread + 4]
             first = divide(block * pairs, blocks)
             count = int32(divide((block + 1) * pairs, blocks) - first)
-            rows = divide(slot_codes, width)
-            rows = divide(count - 1, divide(count + rows - 1, rows)) + 1  # of a slot: as many in each
-            times = divide(count + rows - 1, rows)
+            pieces, piece = int32(count << log_split), shift_right(width, log_split)
+            of_slot = divide(slot_codes, piece)
+            of_slot = int32(divide(pieces - 1, divide(pieces + of_slot - 1, of_slot)) + 1)  # as many in each
+            times = divide(pieces + of_slot - 1, of_slot)
             at = int32(memory + at_shapes + 4 * SHAPE * thread)
             shared_store_i32x4(at, first, count, width, log_parts)
-            shared_store_i32x4(int32(at + 16), size, int32(rows), times, int32(divide(65536, rows) + 1))
+            shared_store_i32x4(int32(at + 16), size, log_split, times, int32(divide(65536, of_slot) + 1))
+            shared_store_i32x4(int32(at + 32), int32(first << log_split), pieces, piece, of_slot)
         if thread < warps:
             shared_store_i32(int32(memory + at_progress + 4 * thread), int32(0))
         pages, position = address(page_table) + 4 * int64(sequences[0]) * pages_per_sequence, positions[0]
@@ -245,10 +247,14 @@ def _token(*numbers: int) -> Kernel:
                         weights[4 * j + b] = four[b]
 
             # Others are still at the step before: time for what needs none of its numbers. `times` slots hold a
-            # matrix's rows, so many `rows` each; `number` is the warp's next slot.
-            size, rows, times, inverse = shared_i32x4(int32(memory + at_shapes + 4 * SHAPE * k + 16))
-            start = int32((warp & int32((int32(1) << log_parts) - 1)) * size)
-            end, stride = min(int32(start + size), width), shift_right(int32(warps), log_parts)
+            # matrix's pieces of rows, so many `of_slot` each; `number` is the warp's next slot.
+            size, log_split, times, inverse = shared_i32x4(int32(memory + at_shapes + 4 * SHAPE * k + 16))
+            _, pieces, piece, of_slot = shared_i32x4(int32(memory + at_shapes + 4 * SHAPE * k + 32))
+            part = int32(warp & int32((int32(1) << log_parts) - 1))
+            start = int32(part * size)
+            end, of_row = min(int32(start + size), width), shift_right(part, int32(log_parts - log_split))
+            start_in_piece = int32(start - of_row * piece)
+            stride = int32(shift_right(int32(warps), log_parts) << log_split)
             number = shared_i32(int32(memory + at_progress + 4 * warp))
             target, target_tag = address(x), int32(turn + turn + (step == DOWN))
             if step == QKV:
@@ -260,9 +266,9 @@ def _token(*numbers: int) -> Kernel:
             before = int32(first * int32(int32(width >> shift) << 1))
             lead, up_lead = int32(shared_i32(scales_of) + before), int32(shared_i32(int32(scales_of + 16)) + before)
 
-            matrix = stride, width, start, rows, inverse, number, gated, lead, up_lead
-            row_of_warp = shift_right(warp, log_parts)  # its first
-            find_rows(memory, row_of_warp, matrix, warp, lane)
+            matrix = stride, piece, start_in_piece, of_slot, inverse, number, gated, lead, up_lead
+            first_piece = int32(int32(shift_right(warp, log_parts) << log_split) + of_row)  # of the warp
+            find_pieces(memory, first_piece, matrix, warp, lane)
 
             sources = int32(1)
             if step == OUTPUT:
@@ -315,7 +321,7 @@ def _token(*numbers: int) -> Kernel:
 
             # Products: a warp's parts are of the same columns, whose activations stay in registers.
             load_part(memory, words, word_scales, start, end, lane)
-            multiply(memory, words, word_scales, row_of_warp, matrix, end, count, of_block, warp, lane)
+            multiply(memory, words, word_scales, first_piece, matrix, int32(end - start), pieces, of_block, warp, lane)
             if lane == 0:
                 number = int32(number + (2 * times if gated else times))
                 shared_store_i32(int32(memory + at_progress + 4 * warp), number)

@@ -10,12 +10,14 @@ from numbainfer.gpu.attention_core import KEYS, Layout
 WARPS = 16
 MOST_PART = 2048  # bytes of a row that a warp takes at a time
 
-SLOT = 8 << 10  # bytes of a slot of the ring, or a row where that is longer
-SPARE = 3  # slots of the ring, if it has so many, beside those with the chunks that warps wait for at a time
-ENTRIES = 16  # a warp's rows whose places in the ring it finds at a time
-IN_FLIGHT = 5  # slots that copies are under way to, at most: more would only hold up what blocks exchange
+SLOT = 12 << 10  # bytes of a slot of the ring, where a block has twice as many of every matrix
+SMALL_SLOT = 8 << 10  # where it has not
+SPARE = 5  # slots of the ring, if it has so many, beside those with the chunks that warps wait for at a time
+ENTRIES = 16  # a warp's pieces of rows whose places in the ring it finds at a time
+IN_FLIGHT = 48 << 10  # bytes that are under way to the ring, at most: more would only hold up what blocks exchange
 FETCHED = 112 << 10  # bytes that are brought to the second-level cache ahead of the copies to the ring
-FETCH_RATE = 1.25  # how fast, as a share of what memory can do at most: faster, they are in the copies' way
+FETCH_RATE = 1.1  # how fast, as a share of what memory can do at most
+LEAD = 2  # slots that the next copies bring by themselves: fetching these too would only cost memory time
 
 # Areas of what attention gives: for so many parts of the keys, at most, which the readers of `mixed` add up by
 # themselves. It is float32 [AREAS, heads, d], then [AREAS, heads, 2]: a part's largest score and its sum of weights.
@@ -30,7 +32,7 @@ OUTPUT_SHAPE, GATE_SHAPE, HEAD_SHAPE = 1, 2, 4
 BIAS, UP_BIAS, DOWN_BIAS, NORM, MLP_NORM = 10, 13, 14, 15, 16  # BIAS: of QKV, output, gate
 K_PAGES, V_PAGES, Q_NORM, WINDOW, ROTATED = 17, 18, 19, 21, 22  # behind Q_NORM the keys' norm
 COLUMNS = 24
-SHAPE = 8  # numbers that a block keeps of each shape
+SHAPE = 12  # numbers that a block keeps of each shape
 PAGES = 512  # of the page table that a block keeps: a multiple of 4
 
 
@@ -39,8 +41,9 @@ class Plan:
     """The kernel's constants, and by them the layout of a block's shared memory, in bytes.
 
     mixed: numbers that attention gives; widest: of the matrices' inputs; part: most columns of a row that a warp takes
-    at a time; items: most of these that a block has of a matrix; slots: of the ring; in_flight: those that copies are
-    under way to; pace: cycles for 64 KiB that are fetched ahead; warps: that multiply.
+    at a time; items: most of these that a block has of a matrix; slot_codes: bytes of codes in a slot of the ring;
+    slots: of it; in_flight: those that copies are under way to; pace: cycles for 64 KiB that are fetched ahead; warps:
+    that multiply.
     """
 
     head_dim: int
@@ -52,6 +55,7 @@ class Plan:
     group: int
     part: int
     items: int
+    slot_codes: int
     slots: int
     in_flight: int
     pace: int
@@ -83,30 +87,25 @@ class Plan:
         return -(-self.mixed // (128 * self.warps))
 
     @property
-    def slot_codes(self) -> int:
-        """Of a slot of the ring: some rows' codes."""
-        return max(SLOT, self.widest)
-
-    @property
     def slot(self) -> int:
         """Of the ring: codes, then their scales, with what is before and behind them in their 16 bytes."""
         return self.slot_codes + (2 * (self.slot_codes // self.group) + 45) // 16 * 16
 
     @property
     def chunk(self) -> int:
-        """Of a slot with keys and values: a warp's KEYS keys, then their values."""
+        """KEYS keys and their values, which a warp takes at a time."""
         return 4 * KEYS * self.head_dim
 
     @property
-    def chunks_shift(self) -> int:
-        """How many chunks a slot has, as a power of 2; a warp copies each half by itself."""
-        return min(16, self.slot_codes // self.chunk).bit_length() - 1
+    def halves(self) -> int:
+        """How many halves of chunks a slot has, keys and values in turn: at most one for each lane that copies."""
+        return min(32, self.slot_codes // (self.chunk // 2))
 
     @property
     def attending(self) -> int:
         """Warps that take keys in turn: all, if the ring is long enough for their chunks and some copies more."""
         warps = self.warps
-        while warps > 1 and slots_of(warps, self.chunks_shift) + SPARE > self.slots:
+        while warps > 1 and slots_of(warps, self.halves) + SPARE > self.slots:
             warps //= 2
         return warps
 
@@ -194,16 +193,16 @@ class Plan:
 
     @cached_property
     def attention(self) -> Layout:
-        return Layout(self.head_dim, self.shared, self.warps)
+        return Layout(self.head_dim, self.shared, self.attending)
 
     @property
     def nbytes(self) -> int:
         return max(self.scales + 4 * (self.widest // self.group), self.area + self.attention.nbytes)
 
 
-def slots_of(chunks: int, chunks_shift: int) -> int:
-    """Slots for so many chunks of keys and values."""
-    return -(-chunks >> chunks_shift)
+def slots_of(chunks: int, halves: int) -> int:
+    """Slots for so many chunks of keys and values, where each has so many halves."""
+    return -(-2 * chunks // halves)
 
 
 @dataclass(frozen=True)
@@ -216,11 +215,22 @@ class Shape:
     width: int
     parts: int
     part: int  # columns of a part: whole groups
+    split: int  # pieces of a row, of some parts each: a slot of the ring has some pieces. A power of two
+
+    @property
+    def piece(self) -> int:
+        """Columns of a piece."""
+        return self.width // self.split
 
 
-def cut(pairs: int, halves: int, width: int, group: int, blocks: int, warps: int) -> Shape | None:
+def slot_size(matrices: list[tuple[int, int]], blocks: int) -> int:
+    """Bytes of codes in a slot, for matrices of so many (pairs, columns)."""
+    return SLOT if all(pairs // blocks * width >= 2 * SLOT for pairs, width in matrices) else SMALL_SLOT
+
+
+def cut(pairs: int, halves: int, width: int, group: int, blocks: int, warps: int, slot: int) -> Shape | None:
     """The parts of a row with which the busiest warp has least to do: a part costs as much as 512 bytes of it do. The
-    last ones may be empty. None: rows are too wide."""
+    last ones may be empty. Rows longer than a slot are cut where all parts are alike. None: rows are too wide."""
     best = None
     parts = 1
     while parts <= warps:
@@ -228,9 +238,15 @@ def cut(pairs: int, halves: int, width: int, group: int, blocks: int, warps: int
         rounds = -(-(-(-pairs // blocks) * parts) // warps) * halves
         cost = rounds * (512 + 512 * -(-part // 512))
         if part <= MOST_PART and (best is None or cost < best[0]):
-            best = cost, Shape(pairs, halves, width, parts, part)
+            best = cost, parts, part
         parts *= 2
-    return None if best is None else best[1]
+    if best is None:
+        return None
+    _, parts, part = best
+    splits = [1 << i for i in range(parts.bit_length())] if parts * part == width > slot else [1]
+    filled = [slot // (width // split) * (width // split) for split in splits]  # bytes of a slot
+    split = next(split for split, some in zip(splits, filled, strict=True) if some >= 7 * max(filled) // 8)
+    return Shape(pairs, halves, width, parts, part, split)
 
 
 def make_plan(
@@ -242,6 +258,7 @@ def make_plan(
     shapes: list[Shape],
     blocks: int,
     warps: int,
+    slot: int,
     most: int,
     memory_rate: float,
 ) -> Plan | None:
@@ -249,17 +266,17 @@ def make_plan(
     memory_rate: see driver.Gpu."""
     widest = max(shape.width for shape in shapes)
     items = max(-(-shape.pairs // blocks) * shape.halves * shape.parts for shape in shapes)
-    part = max(shape.part for shape in shapes)
+    part, slot_codes = max(shape.part for shape in shapes), max(slot, *(shape.piece for shape in shapes))
     for slots in range(32, 1, -1):
         plan = Plan(
             *(head_dim, shared, layers, hidden, shapes[OUTPUT_SHAPE].width, widest, group),
-            *(part, items, slots, IN_FLIGHT, 0, warps),
+            *(part, items, slot_codes, slots, 0, 0, warps),
         )
         if plan.nbytes <= most:
-            way = max(longest_way(shape, blocks, plan.slot_codes, warps) for shape in shapes)
-            way = max(way, slots_of(plan.attending, plan.chunks_shift))
+            way = max(longest_way(shape, blocks, slot_codes, warps) for shape in shapes)
             pace = int(65536 / max(1.0, FETCH_RATE * memory_rate))
-            return replace(plan, in_flight=min(IN_FLIGHT, slots - way), pace=pace) if way < slots else None
+            in_flight = max(1, min(IN_FLIGHT // slot_codes, slots - way))
+            return replace(plan, in_flight=in_flight, pace=pace) if way < slots else None
     return None
 
 
@@ -270,10 +287,11 @@ def longest_way(shape: Shape, blocks: int, slot_codes: int, warps: int) -> int:
     same slot is known to be complete: all are that are `in_flight` or more behind one that the warp has seen complete.
     Slots of gate and up come in turn, and a warp waits for both.
     """
-    stride, way = warps // shape.parts, 0
+    stride, way = warps // shape.parts * shape.split, 0
     for count in (shape.pairs // blocks, -(-shape.pairs // blocks)):
-        slots = -(-count // (slot_codes // shape.width))  # of a half
-        rows = (count - 1) // slots + 1  # of a slot
-        within = min(-(-stride // rows), slots)  # or from the end of the matrix before
+        pieces = count * shape.split
+        slots = -(-pieces // (slot_codes // shape.piece))  # of a half
+        of_slot = (pieces - 1) // slots + 1
+        within = min(-(-stride // of_slot), slots)  # or from the end of the matrix before
         way = max(way, within if shape.halves == 1 else 2 * within - 1)
     return way

@@ -1,7 +1,9 @@
 """The products of the whole-token kernel: a warp's rows out of the ring times its part of the input, two at a time.
 
 Where the rows are in the ring is known long before the input is there. So a warp's lanes find out together, one row
-each, and leave it in shared memory (`find_rows`): the loop over rows has an eighth fewer instructions.
+each, and leave it in shared memory (`find_pieces`): the loop over rows has an eighth fewer instructions. In the ring a
+row longer than a slot is some pieces, of some parts each. To a warp, which has the same part of every row, a piece is
+as good as a row: each has one number, rows in order, and stride and width are those of pieces.
 """
 
 from __future__ import annotations
@@ -38,12 +40,13 @@ class Products(NamedTuple):
     share of their activations' codes, for each copy (16 bytes of a lane) four words of high bytes and four of low ones;
     word_scales: of each copy.
 
-    matrix: (stride, width, start, rows, inverse, number, gated, lead, up_lead) of the step. stride: from a row of a
-    warp to its next one; rows: of a slot; inverse: 65536 / rows; number: of the slot that row 0 is in; gated: gate and
-    up, whose slots come in turn; lead, up_lead: where the scales of row 0 are, modulo 16.
+    matrix: (stride, width, start, of_slot, inverse, number, gated, lead, up_lead) of the step, in pieces. stride: from
+    one of a warp to its next; width: columns; start: of the part in its piece; of_slot: how many a slot has; inverse:
+    65536 / of_slot; number: of the slot that the first is in; gated: gate and up, whose slots come in turn; lead,
+    up_lead: where the first one's scales are, modulo 16.
     """
 
-    find_rows: Any
+    find_pieces: Any
     load_part: Any
     multiply: Any
 
@@ -92,18 +95,18 @@ def make_products(plan: Plan) -> Products:
             shared_store_i32(int32(memory + at_progress + 4 * warp), number)
 
     @device_function
-    def find_rows(memory, row, matrix, warp, lane):
-        """Writes where the warp's parts of rows `row`, row + stride ... are in the ring, if gated of gate's and up's in
-        turn: codes, scales, the slot's barrier, and twice the slot's number plus its parity. Those behind the last row
+    def find_pieces(memory, piece, matrix, warp, lane):
+        """Writes where the warp's parts of `piece`, piece + stride ... are in the ring, if gated of gate's and up's in
+        turn: codes, scales, the slot's barrier, and twice the slot's number plus its parity. Those behind the last one
         mean nothing."""
-        stride, width, start, rows, inverse, number, gated, lead, up_lead = matrix
+        stride, width, start, of_slot, inverse, number, gated, lead, up_lead = matrix
         turns = int32(1) if gated else int32(0)  # a power of 2
-        row, of_up = int32(row + stride * shift_right(lane, turns)), int32(lane & turns)
-        batch = int32(int32(row * inverse) >> 16)  # row // rows: which slot
+        piece, of_up = int32(piece + stride * shift_right(lane, turns)), int32(lane & turns)
+        batch = int32(int32(piece * inverse) >> 16)  # piece // of_slot
         filled = int32(number + int32(batch << turns) + of_up)
         slot, parity = in_ring(filled)
-        begin, scale_row = int32(batch * rows), int32(int32(width >> shift) << 1)
-        at, inside = int32(memory + slot * slot_bytes), int32(row - begin)
+        begin, scale_row = int32(batch * of_slot), int32(int32(width >> shift) << 1)
+        at, inside = int32(memory + slot * slot_bytes), int32(piece - begin)
         scales_at = int32(at + slot_codes + inside * scale_row + int32(int32(start >> shift) << 1))
         scales_at = int32(scales_at + (int32((up_lead if of_up else lead) + begin * scale_row) & 15))
         if lane < ENTRIES:
@@ -129,22 +132,22 @@ def make_products(plan: Plan) -> Products:
                 word_scales[i] = shared_f32(int32(memory + at_scales + 4 * int32(column >> shift)))
 
     @device_function
-    def multiply(memory, words, word_scales, row, matrix, end, count, of_block, warp, lane):
-        """Products of rows `row`, row + stride ... below `count`, which `find_rows` has found: two of them at a time if
-        the second has come, or one of gate with its of up. Sums go to shared memory, for each part one, up's behind the
-        others."""
-        stride, _, start, _, _, _, gated, _, _ = matrix
+    def multiply(memory, words, word_scales, piece, matrix, size, count, of_block, warp, lane):
+        """Products of `size` columns of `piece`, piece + stride ... below `count`, which `find_pieces` found: two of
+        them at a time if the second has come, or one of gate with its of up. Sums go to shared memory, for each part
+        one, up's behind the others."""
+        stride, _, _, _, _, _, gated, _, _ = matrix
         codes, bits = cuda.local.array(code_words, int32), cuda.local.array(copies, uint16)
         other_codes, other_bits = cuda.local.array(code_words, int32), cuda.local.array(copies, uint16)
-        wide = int32(end - start) > 512 * AT_ONCE
+        wide = size > 512 * AT_ONCE
         between = of_block if gated else int32(warps)
         to = int32(memory + at_sums + 4 * warp + (4 * between if lane & 16 else 0))  # sums are in lanes 0 and 16
-        of_lane, of_last = int32(int32(16 * lane >> shift) << 1), int32(int32(int32(end - 1 - start) >> shift) << 1)
+        of_lane, of_last = int32(int32(16 * lane >> shift) << 1), int32(int32(int32(size - 1) >> shift) << 1)
         entries = int32(memory + at_entries + 16 * ENTRIES * warp)
         entry = entries
-        while row < count:
+        while piece < count:
             if entry > int32(entries + 16 * (ENTRIES - 3)):  # this turn needs three
-                find_rows(memory, row, matrix, warp, lane)
+                find_pieces(memory, piece, matrix, warp, lane)
                 entry = entries
             codes_at, scale, full, tail = shared_i32x4(entry)
             other_at, other_scale, other_full, other_tail = shared_i32x4(int32(entry + 16))
@@ -156,9 +159,9 @@ def make_products(plan: Plan) -> Products:
             codes_at, scale, last = int32(codes_at + 16 * lane), int32(scale + of_lane), int32(scale + of_last)
             load_near(codes, bits, codes_at, scale, last)
             load_far(codes, bits, codes_at, scale, last)
-            other = row if gated else int32(row + stride)
+            other = piece if gated else int32(piece + stride)
             two = cuda.all_sync(0xFFFFFFFF, has_come != 0 and other < count)
-            row = int32(other + stride) if two else other
+            piece = int32(other + stride) if two else other
             entry = int32(entry + 32) if two else int32(entry + 16)
             following = int32((behind if two else other_tail) >> 1)
             if two:
@@ -168,13 +171,13 @@ def make_products(plan: Plan) -> Products:
                 total = dot_near(codes, bits, words, word_scales)
                 load_far(other_codes, other_bits, codes_at, scale, last)
                 cuda.syncwarp()  # all lanes have read
-                release(memory, warp, lane, row < count, following)
+                release(memory, warp, lane, piece < count, following)
                 second = dot_near(other_codes, other_bits, words, word_scales)
                 if wide:
                     total += dot_far(codes, bits, words, word_scales)
                     second += dot_far(other_codes, other_bits, words, word_scales)
             else:
-                release(memory, warp, lane, row < count, following)
+                release(memory, warp, lane, piece < count, following)
                 total, second = dot_near(codes, bits, words, word_scales), float32(0)
                 if wide:
                     total += dot_far(codes, bits, words, word_scales)
@@ -186,4 +189,4 @@ def make_products(plan: Plan) -> Products:
                 shared_store_f32(to, mine)
             to = int32(to + (8 * warps if two and not gated else 4 * warps))
 
-    return Products(find_rows, load_part, multiply)
+    return Products(find_pieces, load_part, multiply)

@@ -10,7 +10,7 @@ from numbainfer.gpu.attention_core import MOST_PARTS, heads_together
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.token_kernel import _token
-from numbainfer.gpu.token_plan import AREAS, COLUMNS, ENTRIES, NORM, WARPS, Plan, Shape, cut, make_plan
+from numbainfer.gpu.token_plan import AREAS, COLUMNS, ENTRIES, NORM, WARPS, Plan, Shape, cut, make_plan, slot_size
 from numbainfer.memory import MemoryPool
 from numbainfer.quantization import QuantizedMatrix
 
@@ -32,7 +32,10 @@ class TokenStep:
         self.parts_shift = min(MOST_PARTS, max(1, blocks // self.units)).bit_length() - 1
         parts = self.units << self.parts_shift
         self.table = self._put(_table(model))
-        numbers = [[shape.pairs, shape.parts.bit_length() - 1, shape.width, shape.part] for shape in shapes]
+        numbers = [
+            [shape.pairs, shape.parts.bit_length() - 1, shape.width, shape.part, shape.split.bit_length() - 1]
+            for shape in shapes
+        ]
         self.shapes = self._put(np.array(numbers, np.int32))
         # No number's tag is right before the first is written: the first tag is 0.
         self.x, self.qkv, self.mixed, self.inner = (
@@ -119,12 +122,17 @@ def token_step(stream: Stream, pool: MemoryPool, model: Any) -> TokenStep | None
     kinds = list(zip((*of_layers[0], model.head), (1, 1, 2, 1, 1), strict=True))
     # Every block has to have rows of every matrix: see token_kernel.py.
     blocks = min(gpu.multiprocessors, *(matrix.shape[0] // halves for matrix, halves in kinds))
-    cuts = [cut(matrix.shape[0] // halves, halves, matrix.shape[1], group, blocks, WARPS) for matrix, halves in kinds]
+    sizes = [(matrix.shape[0] // halves, matrix.shape[1]) for matrix, halves in kinds]
+    slot = slot_size(sizes, blocks)
+    cuts = [
+        cut(pairs, halves, width, group, blocks, WARPS, slot)
+        for (pairs, width), (_, halves) in zip(sizes, kinds, strict=True)
+    ]
     shapes = [shape for shape in cuts if shape is not None]
     if len(shapes) < len(cuts):
         return None
     plan = make_plan(
-        *(config.head_dim, shared, config.layers, config.hidden_size, group, shapes, blocks, WARPS),
+        *(config.head_dim, shared, config.layers, config.hidden_size, group, shapes, blocks, WARPS, slot),
         gpu.shared_memory - RESERVED,
         gpu.memory_rate,
     )
@@ -139,10 +147,11 @@ def _fits(plan: Plan, blocks: int, shapes: list[Shape], layer: Any, units: int) 
     rows = [-(-shape.pairs // blocks) for shape in shapes]
     biases = (layer.qkv_bias, layer.output_bias, layer.gate_up_bias, layer.down_bias)
     biased = [count * shape.parts for count, shape, bias in zip(rows, shapes, biases, strict=False) if bias is not None]
-    per_slot = [plan.slot_codes // shape.width for shape in shapes]
+    pieces = [count * shape.split for count, shape in zip(rows, shapes, strict=True)]
+    per_slot = [plan.slot_codes // shape.piece for shape in shapes]
     return (
         max(blocks, rows[1], *biased) <= threads
         and units <= blocks
-        and max(rows) + ENTRIES * plan.warps < 1 << 15  # times 65536 / rows of a slot, in 32 bits
-        and all(count * some < 1 << 16 for count, some in zip(rows, per_slot, strict=True))
+        and max(pieces) + ENTRIES * plan.warps < 1 << 15  # times 65536 / rows of a slot, in 32 bits
+        and all(count * some < 1 << 16 for count, some in zip(pieces, per_slot, strict=True))
     )

@@ -1,10 +1,11 @@
 """How a block of the whole-token kernel brings what it reads: one warp copies, another fetches ahead, 16 work
 (token_kernel.py).
 
-The ring is some slots of shared memory, each for as many rows of a matrix as fit, with their scales, or for some chunks
-of the sequence's earlier keys and values. A slot has a barrier that its copies complete (`full`). None says that it is
-empty: each warp says how far it is (`progress`), and a slot is free when all are past it. Most of what is in the slots
-is none of a warp's, and it does not wait for that: token_plan.longest_way says how far it may go.
+The ring is some slots of shared memory, each for as many rows of a matrix as fit, or pieces of rows that are longer
+than a slot, with their scales, or for some chunks of the sequence's earlier keys and values. A slot has a barrier that
+its copies complete (`full`). None says that it is empty: each warp says how far it is (`progress`), and a slot is free
+when all are past it. Most of what is in the slots is none of a warp's, and it does not wait for that:
+token_plan.longest_way says how far it may go.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from numbainfer.gpu.token_plan import (
     GATE_SHAPE,
     HEAD_SHAPE,
     K_PAGES,
+    LEAD,
     PAGES,
     SHAPE,
     V_PAGES,
@@ -114,7 +116,7 @@ def make_movers(plan: Plan) -> Movers:
     at_copied, at_pages, at_page_numbers, at_begun = plan.copied, plan.pages, plan.page_numbers, plan.begun
     at_position = plan.position
     shift, (_, share) = plan.group.bit_length() - 1, make_share(plan.warps, plan.shared)
-    half_chunk, chunks, row = plan.chunk // 2, 1 << plan.chunks_shift, 2 * plan.head_dim
+    half_chunk, halves, row = plan.chunk // 2, plan.halves, 2 * plan.head_dim
 
     @device_function
     def copy(memory, number, lane, source, size, to, total):
@@ -138,36 +140,45 @@ def make_movers(plan: Plan) -> Movers:
 
     @device_function
     def fetch(memory, number, lane, source, size, to, total):
-        """Brings what `copy` will fill slot `number` with to the second-level cache."""
-        copied = shared_peek_i32(int32(memory + at_copied))
-        while number >= int32(copied + ahead):
-            copied = shared_peek_i32(int32(memory + at_copied))
-        if number >= copied:
-            start = clock()
-            if size > 0:
-                prefetch_bulk(source, size)
-            pause = shift_right(int32(total * pace), int32(16))
-            while int32(clock() - start) < pause:
-                pass
+        """Brings what `copy` will fill slot `number` with to the second-level cache, unless that is about to do so by
+        itself: memory gives more where nothing is asked for twice."""
+        while True:
+            copied = cuda.shfl_sync(0xFFFFFFFF, shared_peek_i32(int32(memory + at_copied)), 0)
+            if number < copied:
+                return
+            going_on = lane >= warps or shared_peek_i32(int32(memory + at_progress + 4 * lane)) > int32(copied - slots)
+            soon = cuda.all_sync(0xFFFFFFFF, going_on) and number < int32(copied + LEAD)  # no warp is waited for
+            if number < int32(copied + ahead) and not soon:
+                break
+        start = clock()
+        if size > 0:
+            prefetch_bulk(source, size)
+        pause = shift_right(int32(total * pace), int32(16))
+        while int32(clock() - start) < pause:
+            pass
 
     def make_walk(visit: Any) -> Any:
         """The function that visits all that the block reads, in the order of its use."""
 
         @device_function
         def walk_keys(memory, row_of_table, number, lane, block, heads, kv_heads, units_per_key, parts_shift):
-            """Keys and values: lanes are chunks' halves."""
+            """Keys and values: lanes are halves of chunks, keys and values in turn."""
             while shared_peek_i32(int32(memory + at_begun)) == 0:
                 pass
             window = shared_i32(int32(row_of_table + 8 * WINDOW))
             base, end, here, _, _ = share(shared_i32(int32(memory + at_position)), window, block, heads, parts_shift)
-            end = end if here else base
-            g, chunk = divide(shift_right(block, parts_shift), units_per_key), int32(lane >> 1)
-            pages = shared_i64(int32(row_of_table + 8 * (V_PAGES if lane & 1 else K_PAGES)))
-            while base < end:
-                some = min(int32(chunks), int32(uint32(end - base + KEYS - 1) // uint32(KEYS)))
-                key = int32(base + KEYS * chunk)
+            g, half = divide(shift_right(block, parts_shift), units_per_key), int32(0)
+            count = (
+                int32(2 * int32(uint32(max(int32(end - base), int32(0)) + KEYS - 1) // uint32(KEYS)))
+                if here
+                else int32(0)
+            )
+            while half < count:
+                some, mine = min(int32(halves), int32(count - half)), int32(half + lane)
                 source, size = int64(0), int32(0)
-                if chunk < some:
+                if lane < some:
+                    pages = shared_i64(int32(row_of_table + 8 * (V_PAGES if mine & 1 else K_PAGES)))
+                    key = int32(base + KEYS * int32(mine >> 1))
                     size, page = int32(half_chunk), shift_right(key, int32(PAGE_BITS))
                     if page < PAGES:
                         page = shared_i32(int32(memory + at_page_numbers + 4 * page))
@@ -175,8 +186,8 @@ def make_movers(plan: Plan) -> Movers:
                         page = load_i32(shared_i64(int32(memory + at_pages)) + 4 * page)
                     in_page = int32(key & int32(PAGE - 1))
                     source = pages + int64(int32(page * kv_heads + g)) * (PAGE * row) + int32(in_page * row)
-                visit(memory, number, lane, source, size, int32(half_chunk * lane), int32(2 * half_chunk * some))
-                base, number = int32(base + KEYS * chunks), int32(number + 1)
+                visit(memory, number, lane, source, size, int32(half_chunk * lane), int32(half_chunk * some))
+                half, number = int32(half + halves), int32(number + 1)
             return number
 
         @device_function
@@ -189,8 +200,7 @@ def make_movers(plan: Plan) -> Movers:
                 while matrix < matrices:
                     shape = int32(HEAD_SHAPE) if layer == layers else matrix
                     shape_at = int32(memory + at_shapes + 4 * SHAPE * shape)
-                    first, left, width, _ = shared_i32x4(shape_at)
-                    rows = shared_i32(int32(shape_at + 20))
+                    first, left, width, rows = shared_i32x4(int32(shape_at + 32))
                     row_of_table = int32(memory + at_table + 8 * COLUMNS * layer)
                     # Lane 0 has the codes, lane 1 the scales, whose copies begin and end at multiples of 16.
                     a_row = int32(int32(width >> shift) << 1) if lane else width
