@@ -312,6 +312,7 @@ def test_plans_of_real_shapes(blocks: int) -> None:
         (28, 4, 128, 3584, 18944, 152064),  # Qwen2.5-7B
         (32, 8, 128, 4096, 14336, 128256),  # Llama-3.1-8B
         (64, 8, 128, 5120, 25600, 151936),  # Qwen3-32B
+        (64, 8, 128, 8192, 28672, 128256),  # Llama-3.1-70B
     ]:
         for group in GROUPS:
             rows = [(heads + 2 * kv_heads) * head_dim, hidden, inner, hidden, vocabulary]
