@@ -225,8 +225,8 @@ def test_sequences_in_turn(
 
 @pytest.mark.parametrize("past", [0, 150])
 def test_a_ring_of_few_slots(past: int, checkpoint_of: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A warp goes past many slots that hold none of its rows, or of its keys. Copies come out
-    of order, and threads run in any: every bit is the same."""
+    """A warp goes past many slots that hold none of its rows, or of its keys. Copies come out of order, and threads run
+    in any: every bit is the same."""
     monkeypatch.setattr("test_gpu_token.SHARED_MEMORY", 72 << 10)
     weights = source_weights(checkpoint_of("token_long"), "int8", 32)
     expected, actual = (build_model(operators("cpu"), weights, past + PAGE) for _ in range(2))

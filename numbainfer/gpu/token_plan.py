@@ -201,7 +201,7 @@ class Plan:
 
 
 def slots_of(chunks: int, halves: int) -> int:
-    """Slots for so many chunks of keys and values, where each has so many halves."""
+    """Slots for so many chunks of keys and values, where a slot has so many halves of them."""
     return -(-2 * chunks // halves)
 
 
@@ -285,6 +285,7 @@ def longest_way(shape: Shape, blocks: int, slot_codes: int, warps: int) -> int:
 
     A barrier tells the parity of a phase only. So a warp may wait for a filling of a slot when the one before in the
     same slot is known to be complete: all are that are `in_flight` or more behind one that the warp has seen complete.
+    (For keys and values it asks how many slots are being filled: see token_attention.py.)
     Slots of gate and up come in turn, and a warp waits for both.
     """
     stride, way = warps // shape.parts * shape.split, 0

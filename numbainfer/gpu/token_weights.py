@@ -200,7 +200,7 @@ def make_movers(plan: Plan) -> Movers:
                 while matrix < matrices:
                     shape = int32(HEAD_SHAPE) if layer == layers else matrix
                     shape_at = int32(memory + at_shapes + 4 * SHAPE * shape)
-                    first, left, width, rows = shared_i32x4(int32(shape_at + 32))
+                    first, left, width, rows = shared_i32x4(int32(shape_at + 32))  # of pieces, as good as rows
                     row_of_table = int32(memory + at_table + 8 * COLUMNS * layer)
                     # Lane 0 has the codes, lane 1 the scales, whose copies begin and end at multiples of 16.
                     a_row = int32(int32(width >> shift) << 1) if lane else width
