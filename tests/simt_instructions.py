@@ -140,6 +140,10 @@ class Cuda:
         return (yield from exchange(value))[int(lane) % 32]
 
 
+def _warp_max(value: Any) -> Steps:
+    return max((yield from exchange(int(value))))
+
+
 def _synchronize_threads(name: Any, threads: Any) -> Steps:
     return (yield from now.thread.block.barriers[int(name)].join(int(threads)))
 
@@ -371,6 +375,8 @@ INSTRUCTIONS: dict[str, Callable] = {
     "as_int": lambda value: _WORD.unpack(_FLOAT.pack(value))[0],
     "round_to_int": lambda value: round(float(value)),
     "larger": max,
+    "warp_max_i32": _warp_max,
+    "warp_max_u32": _warp_max,
     "exp2": lambda value: np.exp2(np.float32(value)),
     "reciprocal": lambda value: np.float32(1) / np.float32(value),
     "inverse_root": lambda value: np.float32(1) / np.sqrt(np.float32(value)),
@@ -390,5 +396,6 @@ INSTRUCTIONS: dict[str, Callable] = {
     "copy_bulk": _copy_bulk,
     "prefetch_bulk": _prefetch_bulk,
     "fence_for_copies": lambda: None,
+    "arrive_threads": lambda name, threads: now.thread.block.barriers[int(name)].arrive(int(threads)),
     "synchronize_threads": _synchronize_threads,
 }

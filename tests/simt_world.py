@@ -182,19 +182,25 @@ now = _Now()
 
 
 class _Meeting:
-    """A barrier: who comes waits until as many have as it is for."""
+    """A barrier: who comes waits until as many have as it is for, or only says that it came."""
 
     def __init__(self) -> None:
-        self.come: list[Thread] = []
-        self.threads = 0
+        self.waiting: list[Thread] = []
+        self.come = self.threads = 0
+
+    def arrive(self, threads: int) -> bool:
+        """Whether all have come now."""
+        assert not self.come or self.threads == threads, "a barrier for different numbers of threads"
+        self.threads, self.come = threads, self.come + 1
+        if self.come < threads:
+            return False
+        self.come = 0
+        now.world.wake(self.waiting)
+        return True
 
     def join(self, threads: int) -> Steps:
-        assert not self.come or self.threads == threads, "a barrier for different numbers of threads"
-        self.threads = threads
-        if len(self.come) == threads - 1:
-            now.world.wake(self.come)
-        else:
-            self.come.append(now.thread)
+        if not self.arrive(threads):
+            self.waiting.append(now.thread)
             yield False
 
 

@@ -39,7 +39,7 @@ from numbainfer.gpu.token_plan import (
     slot_size,
     slots_of,
 )
-from numbainfer.gpu.token_step import TokenStep, token_step
+from numbainfer.gpu.token_step import TokenStep, block_shares, token_step
 from numbainfer.gpu.token_weights import make_share
 from numbainfer.kv_cache import PAGE, KVCache, Sequence
 from numbainfer.model import Model
@@ -120,6 +120,14 @@ def narrow(pairs: int, halves: int, width: int, group: int, blocks: int, warps: 
         ("token_llama", 64, 2, 0, "gl-g", None),
         ("token_wide", 64, 3, 3, "g", None),
         ("token_qwen2", 32, 2, 560, "gg", 1),  # two parts of the keys, to be merged
+        (
+            "token_qwen2",
+            32,
+            2,
+            1137,
+            "g",
+            6,
+        ),  # three chunks for some warps of each, two for others; the last is not full
         ("token_qwen2", 32, 4, 127, "ggg", 5),  # two that whoever needs them adds up; a third key makes three pages
         ("token_qwen3", 64, 2, 63, "gg", 2),
         ("token_biases", 64, 3, 5, "lg", 3),
@@ -252,14 +260,14 @@ def test_a_ring_of_few_slots(past: int, checkpoint_of: Checkpoints, monkeypatch:
 
 def _shares(parts_shift: int, units: int) -> Any:
     """The kernel that says of each block, one a thread, which keys are its own."""
-    _, share = make_share(WARPS, 1)
+    share = make_share(WARPS, 1)
 
     @kernel("i32p i32 i32", threads=32 * WARPS)
     def shares(out, position, window):
         block = int32(cuda.threadIdx.x)
-        start, end, here, size, sources = share(position, window, block, units, parts_shift)
-        out[5 * block], out[5 * block + 1], out[5 * block + 2] = start, end, int32(1 if here else 0)
-        out[5 * block + 3], out[5 * block + 4] = size, sources
+        start, end, chunks, here, size, sources = share(position, window, block, units, parts_shift)
+        out[6 * block], out[6 * block + 1], out[6 * block + 2] = start, end, int32(1 if here else 0)
+        out[6 * block + 3], out[6 * block + 4], out[6 * block + 5] = size, sources, chunks
 
     return shares
 
@@ -271,7 +279,7 @@ def test_every_key_is_one_blocks(parts_shift: int, units: int) -> None:
     parts = 1 << parts_shift
     for window in (0, 40, 4096):
         for position in (0, 1, 63, 64, 65, 127, 128, 129, 255, 511, 512, 513, 1000, 1025, 4097, 8191, 20000):
-            out = np.full((32 * WARPS, 5), -1, np.int32)
+            out = np.full((32 * WARPS, 6), -1, np.int32)
             simt.launch(_shares(parts_shift, units), 1, out, position, window)
             first = max(0, position + 1 - window) // PAGE * PAGE if window else 0
             assert not out[parts * units :, 2].any()
@@ -282,6 +290,8 @@ def test_every_key_is_one_blocks(parts_shift: int, units: int) -> None:
                 assert own[-1, 1] == position
                 assert (own[1:, 0] == own[:-1, 1]).all()
                 assert (own[1:, 1] > own[1:, 0]).all()
+                np.testing.assert_array_equal(own[:, 5], -(-(own[:, 1] - own[:, 0]) // KEYS))
+                assert not mine[len(own) :, 5].any()
                 sources = int(out[0, 4])
                 assert (out[:, 4] == sources).all()
                 assert 1 <= sources <= min(AREAS, parts)
@@ -333,6 +343,15 @@ def test_plans_of_real_shapes(blocks: int) -> None:
             assert plan.area % 16 == plan.shapes % 16 == plan.squares % 16 == 0
             assert slots_of(plan.attending, plan.halves) < plan.slots
             for shape in shapes:
+                first, count, _, _, _, _, times, inverse, _, pieces, piece, of_slot = block_shares(
+                    shape, blocks, plan.slot_codes
+                ).T
+                np.testing.assert_array_equal(np.append(first, shape.pairs), np.append(0, np.cumsum(count)))
+                assert (of_slot * piece <= plan.slot_codes).all()
+                assert ((times - 1) * of_slot < pieces).all()
+                assert (pieces <= times * of_slot).all()
+                for p, n, i in {(int(p), int(n), int(i)) for p, n, i in zip(pieces, of_slot, inverse, strict=True)}:
+                    np.testing.assert_array_equal(np.arange(p) * i >> 16, np.arange(p) // n)
                 longest = max(ways(shape, blocks, plan.slot_codes), default=0)
                 assert longest <= longest_way(shape, blocks, plan.slot_codes, 16)
                 assert 1 <= plan.in_flight <= min(max(1, IN_FLIGHT // plan.slot_codes), plan.slots - longest)

@@ -90,6 +90,11 @@ def synchronize_threads(name, threads):
     """Waits for that many threads, whole warps, at the block's barrier number `name`; 0 is syncthreads' own."""
 
 
+@instruction("bar.arrive $0, $1;", types.void, i32, i32)
+def arrive_threads(name, threads):
+    """Counts at such a barrier as one that has come, and does not wait."""
+
+
 def fewer_registers(count: int) -> Any:
     """The function with which all warps of a warpgroup keep only so many registers a thread, for others to have."""
 

@@ -382,6 +382,16 @@ def larger(a, b):
     """The larger of two numbers that are none of them NaN, in one instruction."""
 
 
+@instruction("redux.sync.max.u32 $0, $1, 0xffffffff;", i32, i32)
+def warp_max_u32(value):
+    """The largest of all lanes' numbers, without sign."""
+
+
+@instruction("redux.sync.max.s32 $0, $1, 0xffffffff;", i32, i32)
+def warp_max_i32(value):
+    """The largest of all lanes' numbers."""
+
+
 @instruction("ex2.approx.ftz.f32 $0, $1;", f32, f32, effects=False)
 def exp2(value):
     """2^value, to 2 units in the last place."""

@@ -41,14 +41,20 @@ from numbainfer.gpu.ptx import (
     shared_store_f32,
     shared_store_i32,
     shared_store_u16,
-    shift_right,
+    warp_max_i32,
     words_at,
 )
 from numbainfer.gpu.reduce import warp_max, warp_sum
 from numbainfer.gpu.rope import PAGE, PAGE_BITS, saturated
 from numbainfer.gpu.token_input import tagged
 from numbainfer.gpu.token_plan import AREAS, K_PAGES, Q_NORM, ROTATED, V_PAGES, WINDOW, Plan
-from numbainfer.gpu.token_weights import make_in_ring, make_share
+from numbainfer.gpu.token_weights import make_in_ring
+
+
+@device_function
+def ordered(bits):
+    """The bits of a float32 as an int32 that orders as it does; and back."""
+    return int32(bits ^ int32(int32(bits >> 31) & int32(0x7FFFFFFF)))
 
 
 @device_function
@@ -59,7 +65,7 @@ def marked(value, mark):
 
 def make_attention(plan: Plan) -> Any:
     """The step as a device function of the whole block."""
-    head_dim, shared, warps, threads = plan.head_dim, plan.shared, plan.warps, 32 * plan.warps
+    head_dim, shared, threads = plan.head_dim, plan.shared, 32 * plan.warps
     layout, core = plan.attention, make_core(plan.head_dim, plan.shared, plan.attending)
     compare, soften, add_values, write_piece, dimension = (
         core.compare,
@@ -68,7 +74,7 @@ def make_attention(plan: Plan) -> Any:
         core.write_piece,
         core.dimension,
     )
-    in_ring, (_, share) = make_in_ring(plan.slots), make_share(warps, shared)
+    in_ring, at_keys = make_in_ring(plan.slots), plan.keys
     slot_bytes, half_chunk, halves = plan.slot, plan.chunk // 2, plan.halves
     attending, at_full, at_progress = plan.attending, plan.full, plan.progress
     at_copied = plan.copied
@@ -160,14 +166,14 @@ def make_attention(plan: Plan) -> Any:
     @device_function
     def blend(memory, pieces, i, lane):
         """Element i of the pieces' sums, all together, by position in its head, which all lanes have in common; the
-        largest score, and the sum of weights relative to it."""
+        largest score, and the lane's share of the sum of weights relative to it."""
         h, at = int32(i >> head_shift), int32(i & (head_dim - 1))
         inside = lane < pieces
         top = shared_f32(int32(memory + at_tops + 128 * h + 4 * lane)) if inside else float32(NOTHING)
         weights = shared_f32(int32(memory + at_totals + 128 * h + 4 * lane)) if inside else float32(0)
-        largest = as_float(int32(as_int(warp_max(top)) & int32(-4)))  # as others will see it: it will have a tag
+        top_bits = ordered(warp_max_i32(ordered(as_int(top))))
+        largest = as_float(int32(top_bits & int32(-4)))  # as others will see it: it will have a tag
         factor = exp2(top - largest) if inside else float32(0)
-        weights = warp_sum(factor * weights)
         values, last = int32(memory + at_values + piece_bytes * h + 4 * at), int32(pieces - 1)
         value, p = float32(0), int32(0)
         while p < pieces:
@@ -175,7 +181,7 @@ def make_attention(plan: Plan) -> Any:
                 part = shared_f32(int32(values + piece_bytes * shared * min(int32(p + j), last)))
                 value += cuda.shfl_sync(0xFFFFFFFF, factor, int32(p + j)) * part
             p = int32(p + 4)
-        return value, largest, weights
+        return value, largest, factor * weights
 
     @device_function
     def merge(memory, values, statistics, place, active, mark, mixed, tag, thread, warp, lane):
@@ -218,16 +224,15 @@ def make_attention(plan: Plan) -> Any:
 
     @device_function
     def attention(
-        memory, entry, layer, block, thread, warp, lane, heads, kv_heads, units_per_key, scale, eps,
-        parts_shift, qkv, mixed, part_values, part_statistics,
+        memory, entry, layer, block, thread, warp, lane, heads, kv_heads, scale, eps, parts_shift,
+        qkv, mixed, part_values, part_statistics,
     ):  # fmt: skip
         """entry: where the layer's row of the table continues in shared memory."""
         position = shared_i32(int32(memory + at_position))
         turn = int32(shared_i32(int32(memory + at_before)) + layer)
-        window = shared_i32(int32(entry + 8 * (WINDOW - K_PAGES)))
-        start, end, here, size, sources = share(position, window, block, heads, parts_shift)
-        unit, part = shift_right(block, parts_shift), int32(block & int32((int32(1) << parts_shift) - 1))
-        first_head, g = int32(unit * shared), divide(unit, units_per_key)
+        start, end, all_chunks, size = shared_i32x4(int32(memory + at_keys))  # what token_watch.py has left
+        here, sources, unit, g = shared_i32x4(int32(memory + at_keys + 16))
+        first_head, part = int32(unit * shared), int32(block & int32((int32(1) << parts_shift) - 1))
         # own: the block that sees the step's own key. Where it is the first part's too, it is alone. Every area that
         # may be read gets something in each turn, so that its numbers tell by their tags of which turn they are: those
         # of four turns ago, which have the same, are long overwritten.
@@ -237,16 +242,15 @@ def make_attention(plan: Plan) -> Any:
         result_statistics = mixed + 4 * int64(
             int32(AREAS * heads * head_dim) + int32(2 * int32(part * heads + first_head))
         )
-        if has_area and (not here or merged) and thread < 2 * shared:
+        if has_area and (here == 0 or merged) and thread < 2 * shared:
             post_i32(result_statistics + 4 * thread, tagged(float32(0), turn))
-        if has_area and (not here or (merged and part > 0)):
+        if has_area and (here == 0 or (merged and part > 0)):
             i = thread
             while i < width:
                 post_i32(result + 4 * i, tagged(float32(0), turn))
                 i = int32(i + threads)
-        if not here:
+        if here == 0:
             return
-        all_chunks = int32(uint32(max(int32(end - start), int32(0)) + KEYS - 1) // uint32(KEYS))
         first = shared_i32(int32(memory + at_progress + 4 * warp))  # slot
         behind = int32(first + int32(uint32(2 * all_chunks + halves - 1) // uint32(halves)))
         if lane == 0 and (warp >= all_chunks or warp >= attending):
@@ -309,6 +313,7 @@ def make_attention(plan: Plan) -> Any:
                 shared_store_f32(int32(at + at_tops), score)
                 shared_store_f32(int32(at + at_totals), float32(1))
         if warp < pieces:
+            window = shared_i32(int32(entry + 8 * (WINDOW - K_PAGES)))
             lowest = max(int32(0), int32(position + 1 - window)) if window else int32(0)
             attend(memory, first, behind, start, end, lowest, warp, lane)
         synchronize_threads(1, threads)
@@ -318,17 +323,19 @@ def make_attention(plan: Plan) -> Any:
         i = thread
         while i < width:  # of a warp all or none
             h, at = int32(i >> head_shift), int32(i & (head_dim - 1))
-            value, largest, total = blend(memory, pieces, i, lane)
-            statistic = largest if at == 0 else total
+            value, largest, weight = blend(memory, pieces, i, lane)
             if merged:
                 post_i64(part_values + 8 * int32(block * width + i), marked(value, mark))
-                if at < 2:
+            else:
+                value *= reciprocal(warp_sum(weight)) if alone else float32(1)
+                post_i32(result + 4 * int32(h * head_dim + dimension(at)), tagged(value, tag))
+            if int32(at & int32(-32)) == 0:  # the head's first warp
+                total = warp_sum(weight)
+                statistic = largest if at == 0 else total
+                if at < 2 and merged:
                     to = int32(int32(block * shared + h) * 2 + at)
                     post_i64(part_statistics + 8 * to, marked(statistic, mark))
-            else:
-                value *= reciprocal(total) if alone else float32(1)
-                post_i32(result + 4 * int32(h * head_dim + dimension(at)), tagged(value, tag))
-                if at < 2:
+                elif at < 2:
                     post_i32(result_statistics + 4 * int32(2 * h + at), tagged(statistic, tag))
             i = int32(i + threads)
         if merged and part == 0:

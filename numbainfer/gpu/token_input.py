@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from numba import cuda
-from numpy import float32, int32, int64, uint32
+from numpy import float32, int32, int64
 
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.pipeline import synchronize_threads
@@ -15,26 +15,30 @@ from numbainfer.gpu.ptx import (
     exp2,
     half_to_float,
     larger,
-    peek_i32,
     peek_i32x2,
     peek_i32x4,
     permute,
     reciprocal,
-    round_to_int,
     shared_store_f32,
     shared_store_i32,
     shift_right,
+    warp_max_u32,
 )
 from numbainfer.gpu.quantize import TINY, TOP
-from numbainfer.gpu.token_plan import AREAS, Plan
-
-SAMPLES = 2  # numbers of a vector that blocks ask for until they have come; more would hold up what they wait for
+from numbainfer.gpu.token_plan import AREAS, ARRIVED, Plan
 
 
 @device_function
 def tagged(value, tag):
     """The bits of a number that blocks exchange: its two lowest say which vector of its place it belongs to."""
     return (as_int(value) & int32(-4)) | (tag & int32(3))
+
+
+@device_function
+def rounded(value):
+    """The nearest integer, of at most 22 bits, in the lower bits of a float32: what is above them is not zero. A
+    conversion would take a unit that has a quarter of the others' lanes."""
+    return as_int(value + float32(3 << 22))
 
 
 class Input(NamedTuple):
@@ -54,14 +58,23 @@ def make_input(plan: Plan) -> Input:
     mixed_quads, head_shift, four_areas = plan.mixed_quads, plan.head_dim.bit_length() - 1, 4 * AREAS
 
     @device_function
+    def largest_of_group(value, thread):
+        """Of a group's lanes; no number is negative, so they are ordered as their bits are."""
+        if group_lanes >= 16:
+            upper, bits = thread & int32(group_lanes & 16), as_int(value)  # two halves of a warp, or one whole
+            below, above = warp_max_u32(int32(0) if upper else bits), warp_max_u32(bits if upper else int32(0))
+            value = as_float(above if upper else below)
+        else:
+            for step in (8, 4, 2, 1):
+                if step < group_lanes:
+                    value = larger(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
+        return value
+
+    @device_function
     def await_numbers(source, tag, width, v, thread):
         """This thread's quads of a vector in global memory, as soon as all have come."""
         last = int32(int32(width >> 2) - 1)
-        if thread < SAMPLES:  # some at first, so as not to keep the memory busy; when they have come, so have most
-            sample = source + 4 * int32(int32(uint32((thread + 1) * width) // uint32(SAMPLES)) - 1)
-            while (peek_i32(sample) ^ tag) & 3 != 0:
-                pass
-        synchronize_threads(1, threads)
+        synchronize_threads(ARRIVED, threads + 32)
         late = int32(3)
         while late & 3:
             late = int32(0)
@@ -79,11 +92,7 @@ def make_input(plan: Plan) -> Input:
         score and the sum of weights relative to it; merged as FlashAttention's are (Dao et al. 2022)."""
         last, heads = int32(int32(width >> 2) - 1), int32(width >> head_shift)
         statistics = source + 4 * int64(AREAS * width)
-        if thread < parts:
-            sample = source + 4 * int32(int32(thread + 1) * width - 1)
-            while (peek_i32(sample) ^ tag) & 3 != 0:
-                pass
-        synchronize_threads(1, threads)
+        synchronize_threads(ARRIVED, threads + 32)
         raw = cuda.local.array(four_areas, float32)
         tops, totals = cuda.local.array(AREAS, float32), cuda.local.array(AREAS, float32)
         for j in range(mixed_quads):
@@ -127,36 +136,46 @@ def make_input(plan: Plan) -> Input:
             for b in range(4):
                 v[4 * j + b] = float32(codes[start + 4 * quad + b]) * scale if known else float32(0)
 
+    def make_quantize(count: int, *, normed: bool) -> Any:
+        @device_function
+        def quantize(memory, v, squares, width, thread):
+            """A thread's first `count` quads to shared memory, as quantization.QuantizedRows has them, but for low
+            bytes of -128. Of all together first what takes long. Returns the warp's sum of `squares`."""
+            of_width, tops = int32(width >> 2), cuda.local.array(count, float32)
+            if int32(thread & int32(-32)) < of_width:  # of a warp any
+                for j in range(count):
+                    largest = larger(abs(v[4 * j]), abs(v[4 * j + 1]))
+                    tops[j] = largest_of_group(larger(largest, larger(abs(v[4 * j + 2]), abs(v[4 * j + 3]))), thread)
+                if normed:
+                    for step in (16, 8, 4, 2, 1):
+                        squares += cuda.shfl_xor_sync(0xFFFFFFFF, squares, step)
+                for j in range(count):
+                    inverse = TOP * reciprocal(tops[j]) if tops[j] > TINY else float32(0)
+                    a, b = rounded(v[4 * j] * inverse), rounded(v[4 * j + 1] * inverse)
+                    c, d = rounded(v[4 * j + 2] * inverse), rounded(v[4 * j + 3] * inverse)
+                    low = permute(permute(a, b, int32(0x0040)), permute(c, d, int32(0x0040)), int32(0x5410))
+                    half = int32(128)
+                    ab = permute(int32(a + half), int32(b + half), int32(0x0051))
+                    high = permute(ab, permute(int32(c + half), int32(d + half), int32(0x0051)), int32(0x5410))
+                    quad = int32(thread + int32(threads * j))
+                    if quad < of_width:
+                        at = int32(memory + at_codes + 4 * quad)
+                        shared_store_i32(at, high)
+                        shared_store_i32(int32(at + widest), low)
+                        if quad & int32(group_lanes - 1) == 0:
+                            shared_store_f32(int32(memory + at_scales + 4 * (quad >> (shift - 2))), tops[j] / TOP)
+            return squares
+
+        return quantize
+
+    few = max(norm_quads, mixed_quads)
+    quantize_few, quantize_many = make_quantize(few, normed=True), make_quantize(quads, normed=False)
+
     @device_function
     def quantize(memory, v, squares, width, thread):
-        """A thread's quads to shared memory, as quantization.QuantizedRows has them, but for low bytes of -128.
-
-        Returns the warp's sum of `squares`: its shuffles hide behind those for the largest."""
-        for j in range(quads):
-            quad = int32(thread + int32(threads * j))
-            if int32(quad & int32(-32)) < int32(width >> 2):  # of a warp any
-                inside = quad < int32(width >> 2)
-                largest = larger(abs(v[4 * j]), abs(v[4 * j + 1]))
-                largest = larger(largest, larger(abs(v[4 * j + 2]), abs(v[4 * j + 3])))
-                largest = largest if inside else float32(0)
-                for step in (16, 8, 4, 2, 1):
-                    if j == 0:
-                        squares += cuda.shfl_xor_sync(0xFFFFFFFF, squares, step)
-                    if step < group_lanes:
-                        largest = larger(largest, cuda.shfl_xor_sync(0xFFFFFFFF, largest, step))
-                inverse = TOP * reciprocal(largest) if largest > TINY else float32(0)
-                a, b = round_to_int(v[4 * j] * inverse), round_to_int(v[4 * j + 1] * inverse)
-                c, d = round_to_int(v[4 * j + 2] * inverse), round_to_int(v[4 * j + 3] * inverse)
-                low = permute(permute(a, b, int32(0x0040)), permute(c, d, int32(0x0040)), int32(0x5410))
-                half = int32(128)
-                ab = permute(int32(a + half), int32(b + half), int32(0x0051))
-                high = permute(ab, permute(int32(c + half), int32(d + half), int32(0x0051)), int32(0x5410))
-                if inside:
-                    at = int32(memory + at_codes + 4 * quad)
-                    shared_store_i32(at, high)
-                    shared_store_i32(int32(at + widest), low)
-                    if quad & int32(group_lanes - 1) == 0:
-                        shared_store_f32(int32(memory + at_scales + 4 * (quad >> (shift - 2))), largest / TOP)
-        return squares
+        """The input to shared memory. squares: a thread's, where a norm is before it. Returns its warp's."""
+        if width <= 4 * threads * few:
+            return quantize_few(memory, v, squares, width, thread)
+        return quantize_many(memory, v, squares, width, thread)
 
     return Input(await_numbers, await_parts, embed, quantize)

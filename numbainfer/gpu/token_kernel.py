@@ -11,6 +11,7 @@ Weights do not depend on any of this, nor do the keys and values of earlier toke
 but copy the block's rows of all matrices and its part of the keys, of all layers, in the order of their use, to a ring
 in shared memory, as far ahead as the ring is long: across steps and layers. Another brings what comes after that to the
 second-level cache. So memory is busy while blocks wait for each other, and what they wait for finds its weights there.
+A third watches for the next step's input, while the 16 that multiply are still busy (token_watch.py).
 
 What a step costs beside its weights are two trips through the second-level cache and a chain of instructions, each of
 which needs the one before: it is kept short, and in 32 bits (Numba's integers have 64, unless int32() says that the
@@ -25,6 +26,7 @@ from numpy import float32, int32, int64
 
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
 from numbainfer.gpu.pipeline import (
+    arrive_threads,
     barrier_init,
     fence_for_copies,
     fewer_registers,
@@ -35,10 +37,8 @@ from numbainfer.gpu.ptx import (
     LOG2_E,
     address,
     as_int,
-    divide,
     exp2,
     half_to_float,
-    inverse_root,
     load_constant_f32,
     load_f32x4,
     load_i32,
@@ -48,15 +48,15 @@ from numbainfer.gpu.ptx import (
     reciprocal,
     shared_address,
     shared_f32,
-    shared_f32x4,
     shared_i32,
     shared_i32x4,
     shared_i64,
     shared_store_f32,
     shared_store_i32,
-    shared_store_i32x4,
     shared_store_i64,
     shift_right,
+    warp_max_i32,
+    warp_max_u32,
 )
 from numbainfer.gpu.select import SMALLEST, key_index, make_key
 from numbainfer.gpu.token_attention import make_attention
@@ -67,17 +67,19 @@ from numbainfer.gpu.token_plan import (
     HEAD_SHAPE,
     K_PAGES,
     MLP_NORM,
+    MULTIPLIED,
     NORM,
     OUTPUT_SHAPE,
     PAGES,
+    QUANTIZED,
     SHAPE,
     SHAPES,
     UP_BIAS,
-    WINDOW,
     Plan,
 )
 from numbainfer.gpu.token_products import make_products
-from numbainfer.gpu.token_weights import make_movers, make_share
+from numbainfer.gpu.token_watch import make_watch
+from numbainfer.gpu.token_weights import make_movers
 
 QKV, ATTENTION, OUTPUT, GATE_UP, DOWN = range(5)  # the steps of a layer; the head is one more QKV
 LAST_INDEX = (1 << 29) - 1  # of a vocabulary
@@ -87,6 +89,15 @@ LAST_INDEX = (1 << 29) - 1  # of a vocabulary
 def uniform(value):
     """The value, which all lanes have: the compiler sees it now, and that branches on it do not divide a warp."""
     return int32(cuda.shfl_sync(0xFFFFFFFF, int32(value), 0))
+
+
+@device_function
+def largest_of_warp(key):
+    """The largest key of the lanes."""
+    top, low = int32(key >> 32), int32(key)
+    largest = warp_max_i32(top)
+    low = warp_max_u32(low if top == largest else int32(0))
+    return (int64(largest) << 32) | (int64(low) & int64(0xFFFFFFFF))
 
 
 @device_function
@@ -103,17 +114,16 @@ def tagged_key(key, tag):
 )
 def _token(*numbers: int) -> Kernel:
     plan = Plan(*numbers)
-    warps, threads, slots, slot_codes, copies = plan.warps, 32 * plan.warps, plan.slots, plan.slot_codes, plan.copies
+    warps, threads, slots, copies = plan.warps, 32 * plan.warps, plan.slots, plan.copies
     values, norm_quads, norm_values, code_words = 4 * plan.quads, plan.norm_quads, 4 * plan.norm_quads, 8 * copies
     at_full, at_progress, at_copied, at_table = plan.full, plan.progress, plan.copied, plan.table
     at_shapes, at_angles, at_squares, at_own, at_sums = plan.shapes, plan.angles, plan.squares, plan.own, plan.sums
     at_pages, at_position, at_before = plan.pages, plan.position, plan.before
-    at_begun, at_page_numbers = plan.begun, plan.page_numbers
+    at_keys, at_factor, at_begun, at_page_numbers = plan.keys, plan.factor, plan.begun, plan.page_numbers
     shift = plan.group.bit_length() - 1
     attend, (copy_all, fetch_ahead) = make_attention(plan), make_movers(plan)
     find_pieces, load_part, multiply = make_products(plan)
-    await_numbers, await_parts, embed, quantize = make_input(plan)
-    spread, _ = make_share(plan.warps, plan.shared)
+    (await_numbers, await_parts, embed, quantize), watch = make_input(plan), make_watch(plan)
     # In all what the block has, 96 for each thread: who asks for more waits for ever.
     give_registers, take_registers = fewer_registers(32), more_registers(112)
 
@@ -125,14 +135,11 @@ def _token(*numbers: int) -> Kernel:
     @device_function
     def largest_of_block(key, keys, warp, lane):
         """The largest key, in every thread. keys: shared int64 [32]."""
-        for step in (16, 8, 4, 2, 1):
-            key = max(key, cuda.shfl_xor_sync(0xFFFFFFFF, key, step))
+        key = largest_of_warp(key)
         if lane == 0:
             keys[warp] = key
         synchronize()
-        for w in range(warps):
-            key = max(key, keys[w])
-        return key
+        return largest_of_warp(keys[lane] if lane < warps else SMALLEST)
 
     @kernel(
         "i64p i32p i32 i32 i32p i32p i32p i8p u16p i32 i32 i32 i32 f32 f32 i32 f32p f32p i32p i32 i32 "
@@ -154,32 +161,23 @@ def _token(*numbers: int) -> Kernel:
         thread, block, blocks = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
         warp, lane = uniform(thread >> 5), int32(thread & 31)
 
+        # All that comes from far at once: nothing else goes on meanwhile.
+        sequence, position, turn = sequences[0], positions[0], state[0]
         i = thread
         while i < (layers + 1) * COLUMNS:
             shared_store_i64(memory + at_table + 8 * i, table[i])
             i += threads
-        if thread < SHAPES:  # the block's share of each shape of matrix
-            pairs, log_parts, width = shapes[5 * thread], shapes[5 * thread + 1], shapes[5 * thread + 2]
-            size, log_split = shapes[5 * thread + 3], shapes[5 * thread + 4]
-            first = divide(block * pairs, blocks)
-            count = int32(divide((block + 1) * pairs, blocks) - first)
-            pieces, piece = int32(count << log_split), shift_right(width, log_split)
-            of_slot = divide(slot_codes, piece)
-            of_slot = int32(divide(pieces - 1, divide(pieces + of_slot - 1, of_slot)) + 1)  # as many in each
-            times = divide(pieces + of_slot - 1, of_slot)
-            at = int32(memory + at_shapes + 4 * SHAPE * thread)
-            shared_store_i32x4(at, first, count, width, log_parts)
-            shared_store_i32x4(int32(at + 16), size, log_split, times, int32(divide(65536, of_slot) + 1))
-            shared_store_i32x4(int32(at + 32), int32(first << log_split), pieces, piece, of_slot)
+        if thread < SHAPES * SHAPE:
+            shared_store_i32(int32(memory + at_shapes + 4 * thread), shapes[block * (SHAPES * SHAPE) + thread])
         if thread < warps:
             shared_store_i32(int32(memory + at_progress + 4 * thread), int32(0))
-        pages, position = address(page_table) + 4 * int64(sequences[0]) * pages_per_sequence, positions[0]
+        pages = address(page_table) + 4 * int64(sequence) * pages_per_sequence
         if thread == 0:
             shared_store_i32(int32(memory + at_copied), int32(0))
             shared_store_i32(int32(memory + at_begun), int32(0))
             shared_store_i64(memory + at_pages, pages)
             shared_store_i32(int32(memory + at_position), position)
-            shared_store_i32(int32(memory + at_before), int32(state[0] * layers))
+            shared_store_i32(int32(memory + at_before), int32(turn * layers))
         i = thread
         while i < slots:
             barrier_init(int32(memory + at_full + 8 * i), 1)
@@ -192,6 +190,11 @@ def _token(*numbers: int) -> Kernel:
                 copy_all(memory, layers, with_head, lane, block, heads, kv_heads, units_per_key, parts_shift)
             elif warp == warps + 1:
                 fetch_ahead(memory, layers, with_head, lane, block, heads, kv_heads, units_per_key, parts_shift)
+            elif warp == warps + 2:
+                watch(
+                    memory, layers, with_head, lane, block, heads, units_per_key, parts_shift, eps,
+                    address(x), address(mixed), address(inner),
+                )  # fmt: skip
             return
         take_registers()
 
@@ -209,13 +212,14 @@ def _token(*numbers: int) -> Kernel:
         words, word_scales = cuda.local.array(code_words, int32), cuda.local.array(copies, float32)
         layer = int32(0)
         step = int32(QKV)
+        place = int32(int32(int32(warps - 1) - warp) * 32 + lane)  # the last warps have fewer rows: they post
         while True:
             row_of_table = int32(memory + at_table + 8 * COLUMNS * layer)
             if step == ATTENTION:
                 attend(
-                    memory, int32(row_of_table + 8 * K_PAGES), layer, block, thread, warp, lane,
-                    heads, kv_heads, units_per_key, scale, eps, parts_shift, address(qkv), address(mixed),
-                    address(part_values), address(part_statistics),
+                    memory, int32(row_of_table + 8 * K_PAGES), layer, block, thread, warp, lane, heads, kv_heads,
+                    scale, eps, parts_shift, address(qkv), address(mixed), address(part_values),
+                    address(part_statistics),
                 )  # fmt: skip
                 step = int32(OUTPUT)
             # What a step does not set is zero: were it the last step's, it would keep its registers in between.
@@ -233,8 +237,8 @@ def _token(*numbers: int) -> Kernel:
             gated, normed = step == GATE_UP, step == QKV or step == GATE_UP  # noqa: PLR1714 - Numba
             bias = shared_i64(int32(row_of_table + 8 * BIAS + 8 * (m + (step == DOWN))))
             early, early_up = float32(0), float32(0)
-            if bias != 0 and thread < of_block:
-                row = int32(first + shift_right(thread, log_parts))
+            if bias != 0 and place < of_block:
+                row = int32(first + shift_right(place, log_parts))
                 early = load_constant_f32(bias + 4 * row)
                 if gated:
                     early_up = load_constant_f32(shared_i64(int32(row_of_table + 8 * UP_BIAS)) + 4 * row)
@@ -272,8 +276,7 @@ def _token(*numbers: int) -> Kernel:
 
             sources = int32(1)
             if step == OUTPUT:
-                window = shared_i32(int32(row_of_table + 8 * WINDOW))
-                _, _, sources = spread(shared_i32(int32(memory + at_position)), window, parts_shift)
+                sources = shared_i32(int32(memory + at_keys + 20))
 
             # The step's input, quantized. A norm's factor is the same for all columns: it comes last.
             if step == QKV and layer == 0:
@@ -307,17 +310,9 @@ def _token(*numbers: int) -> Kernel:
             squares = quantize(memory, v, squares, width, thread)
             if lane == 0:
                 shared_store_f32(int32(memory + at_squares + 4 * warp), squares)
-            synchronize()
+            synchronize_threads(QUANTIZED, threads + 32)
             if layer == 0 and thread == 0:
                 shared_store_i32(int32(memory + at_begun), int32(1))
-
-            factor = float32(1)
-            if normed:  # now, while activations come from shared memory: behind the products all wait for it
-                squares = float32(0)
-                for w in range(warps // 4):
-                    four = shared_f32x4(int32(memory + at_squares + 16 * w))
-                    squares += (four[0] + four[1]) + (four[2] + four[3])
-                factor = inverse_root(squares / float32(width) + eps)
 
             # Products: a warp's parts are of the same columns, whose activations stay in registers.
             load_part(memory, words, word_scales, start, end, lane)
@@ -325,23 +320,30 @@ def _token(*numbers: int) -> Kernel:
             if lane == 0:
                 number = int32(number + (2 * times if gated else times))
                 shared_store_i32(int32(memory + at_progress + 4 * warp), number)
-            synchronize()
+            cuda.syncwarp()
+            # Who posts nothing goes on to prepare the next step. Not to attention: that writes where others may not yet
+            # have read their activations.
+            if step == QKV or int32(place & int32(-32)) < of_block:
+                synchronize_threads(MULTIPLIED, threads + 32)
+            else:
+                arrive_threads(MULTIPLIED, threads + 32)
 
+            factor = shared_f32(int32(memory + at_factor)) if normed else float32(1)
             best = SMALLEST
-            i = thread
-            while (i & int32(-32)) < of_block:
+            i = place
+            while int32(i & int32(-32)) < of_block:
                 value, up = float32(0), float32(0)
                 if i < of_block:
                     value = shared_f32(memory + at_sums + 4 * i)
                     if gated:
                         up = shared_f32(memory + at_sums + 4 * (of_block + i))
-                across = int32(int32(1 << log_parts) >> 1)
+                across = int32(int32(int32(1) << log_parts) >> 1)
                 while across > 0:  # the parts of a row
                     value += cuda.shfl_xor_sync(0xFFFFFFFF, value, across)
                     up += cuda.shfl_xor_sync(0xFFFFFFFF, up, across)
                     across = int32(across >> 1)
                 r = shift_right(i, log_parts)
-                if i < of_block and i == int32(r << log_parts):
+                if i < of_block and i == int32(r << log_parts):  # of the row's first part
                     value = value * factor + early  # where there is a bias, all rows are of this turn of the loop
                     if gated:
                         power = exp2(value * -LOG2_E)

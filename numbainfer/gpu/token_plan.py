@@ -8,6 +8,7 @@ from functools import cached_property
 from numbainfer.gpu.attention_core import KEYS, Layout
 
 WARPS = 16
+ARRIVED, QUANTIZED, MULTIPLIED = 2, 3, 4  # barriers of these warps and the one that watches (token_watch.py)
 MOST_PART = 2048  # bytes of a row that a warp takes at a time
 
 SLOT = 12 << 10  # bytes of a slot of the ring, where a block has twice as many of every matrix
@@ -135,8 +136,18 @@ class Plan:
         return self.copied + 4
 
     @property
-    def table(self) -> int:
+    def factor(self) -> int:
+        """Of the norm before a step."""
+        return self.copied + 8
+
+    @property
+    def keys(self) -> int:
+        """Of a layer's attention, eight numbers: see token_watch.watch."""
         return self.copied + 16
+
+    @property
+    def table(self) -> int:
+        return self.keys + 32
 
     @property
     def shapes(self) -> int:

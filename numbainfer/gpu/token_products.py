@@ -58,6 +58,8 @@ def make_products(plan: Plan) -> Products:
     shift, scale_step = plan.group.bit_length() - 1, 1024 // plan.group  # bytes of scales, for a copy of all lanes
     in_ring, code_words = make_in_ring(plan.slots), 4 * plan.copies
     at_sums, at_entries = plan.sums, plan.entries
+    # Where most rows have no more than the near copies, it pays to ask whether to load the others; else it costs.
+    mostly_narrow = plan.hidden <= 512 * AT_ONCE
 
     def make_load(first: int, end: int) -> Any:
         @device_function
@@ -158,7 +160,8 @@ def make_products(plan: Plan) -> Products:
             has_come = barrier_passed(other_full, int32(other_tail & 1))
             codes_at, scale, last = int32(codes_at + 16 * lane), int32(scale + of_lane), int32(scale + of_last)
             load_near(codes, bits, codes_at, scale, last)
-            load_far(codes, bits, codes_at, scale, last)
+            if wide or not mostly_narrow:
+                load_far(codes, bits, codes_at, scale, last)
             other = piece if gated else int32(piece + stride)
             two = cuda.all_sync(0xFFFFFFFF, has_come != 0 and other < count)
             piece = int32(other + stride) if two else other
@@ -169,7 +172,8 @@ def make_products(plan: Plan) -> Products:
                 last = int32(other_scale + of_last)
                 load_near(other_codes, other_bits, codes_at, scale, last)
                 total = dot_near(codes, bits, words, word_scales)
-                load_far(other_codes, other_bits, codes_at, scale, last)
+                if wide or not mostly_narrow:
+                    load_far(other_codes, other_bits, codes_at, scale, last)
                 cuda.syncwarp()  # all lanes have read
                 release(memory, warp, lane, piece < count, following)
                 second = dot_near(other_codes, other_bits, words, word_scales)

@@ -32,11 +32,7 @@ class TokenStep:
         self.parts_shift = min(MOST_PARTS, max(1, blocks // self.units)).bit_length() - 1
         parts = self.units << self.parts_shift
         self.table = self._put(_table(model))
-        numbers = [
-            [shape.pairs, shape.parts.bit_length() - 1, shape.width, shape.part, shape.split.bit_length() - 1]
-            for shape in shapes
-        ]
-        self.shapes = self._put(np.array(numbers, np.int32))
+        self.shapes = self._put(np.stack([block_shares(shape, blocks, plan.slot_codes) for shape in shapes], axis=1))
         # No number's tag is right before the first is written: the first tag is 0.
         self.x, self.qkv, self.mixed, self.inner = (
             self._put(np.full(size, -1, np.int32).view(np.float32))
@@ -75,6 +71,24 @@ class TokenStep:
         """Gives its memory back to the pool."""
         for array in self.held:
             self.pool.release(array)
+
+
+def block_shares(shape: Shape, blocks: int, slot_codes: int) -> np.ndarray:
+    """What each block has of a kind of matrix, int32 [blocks, SHAPE]: its first row, how many, columns, log2 of their
+    parts; columns of a part, log2 of a row's pieces, slots of the ring that hold the block's, 65536 / pieces of a slot,
+    rounded up; its first piece, how many, columns of a piece, how many a slot has: as many in each."""
+    block = np.arange(blocks)
+    first = block * shape.pairs // blocks
+    count = (block + 1) * shape.pairs // blocks - first
+    pieces, most = count * shape.split, slot_codes // shape.piece
+    of_slot = (pieces - 1) // -(-pieces // most) + 1
+    log_parts, log_split = shape.parts.bit_length() - 1, shape.split.bit_length() - 1
+    numbers = [
+        *(first, count, shape.width, log_parts),
+        *(shape.part, log_split, -(-pieces // of_slot), 65536 // of_slot + 1),
+        *(first * shape.split, pieces, shape.piece, of_slot),
+    ]
+    return np.stack([np.broadcast_to(number, blocks) for number in numbers], axis=1).astype(np.int32)
 
 
 def _table(model: Any) -> np.ndarray:

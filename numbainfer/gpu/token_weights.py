@@ -59,22 +59,18 @@ def make_in_ring(slots: int) -> Any:
     return in_ring
 
 
-class Share(NamedTuple):
-    """Functions that say how the earlier keys of a layer are dealt to blocks, in attention."""
-
-    spread: Any
-    share: Any
-
-
 @cache
-def make_share(warps: int, shared: int) -> Share:
-    """The functions for blocks of so many warps and query heads."""
+def make_share(warps: int, shared: int) -> Any:
+    """share(position, window, block, heads, parts_shift) -> what a block has of a layer's earlier keys in attention,
+    for blocks of so many warps and query heads."""
     at_once = warps * KEYS
 
     @device_function
-    def spread(position, window, parts_shift):
-        """The first key; how many there are in a part; how many parts OUTPUT's input is the sum of. As many as have an
-        area of their own, while they are short; else the parts' sums are merged first, which costs an exchange."""
+    def share(position, window, block, heads, parts_shift):
+        """A block is one unit of query heads and one part of the keys: those from `start` on that are before `end`, in
+        so many chunks. here: whether it is one of the blocks that have a part, if an empty one. size: of a part.
+        sources: how many parts OUTPUT's input is the sum of: as many as have an area of their own, while they are
+        short; else all blocks have a part, and the parts' sums are merged first, which costs an exchange."""
         begin = int32(max(int32(0), int32(position + 1 - window)) & int32(-PAGE)) if window else int32(0)
         keys, shift = int32(position - begin), min(int32(AREAS_SHIFT), parts_shift)
         size = int32(shift_right(int32(keys + int32(int32(PAGE) << shift) - 1), int32(shift + PAGE_BITS)) * PAGE)
@@ -83,22 +79,16 @@ def make_share(warps: int, shared: int) -> Share:
             for p in range(1, AREAS):
                 sources += int32(1) if keys > p * size else int32(0)
         else:
-            rounds = int32(uint32(keys + at_once - 1) // uint32(at_once))
-            of_part = shift_right(int32(rounds + int32((int32(1) << parts_shift) - 1)), parts_shift)
-            size = int32(max(int32(2), of_part) * at_once)  # merging takes as long as a chunk of all warps
-        return begin, size, sources
-
-    @device_function
-    def share(position, window, block, heads, parts_shift):
-        """A block is one unit of query heads and one part of the keys: those from `start` on that are before `end`.
-        here: whether the block is one of those that have a part, if an empty one. Then as `spread`."""
+            size = shift_right(int32(keys + int32((int32(1) << parts_shift) - 1)), parts_shift)
+            size = max(int32(at_once), int32(int32(size + int32(KEYS - 1)) & int32(-KEYS)))
         unit, part = shift_right(block, parts_shift), int32(block & int32((int32(1) << parts_shift) - 1))
-        begin, size, sources = spread(position, window, parts_shift)
         start = int32(begin + part * size)
+        end = min(int32(start + size), position)
         here = int32(unit * shared) < heads and (part == 0 or start < position)
-        return start, min(int32(start + size), position), here, size, sources
+        chunks = int32(uint32(max(int32(end - start), int32(0)) + KEYS - 1) // uint32(KEYS)) if here else int32(0)
+        return start, end, chunks, here, size, sources
 
-    return Share(spread, share)
+    return share
 
 
 class Movers(NamedTuple):
@@ -115,7 +105,7 @@ def make_movers(plan: Plan) -> Movers:
     at_full, at_progress, at_table, at_shapes = plan.full, plan.progress, plan.table, plan.shapes
     at_copied, at_pages, at_page_numbers, at_begun = plan.copied, plan.pages, plan.page_numbers, plan.begun
     at_position = plan.position
-    shift, (_, share) = plan.group.bit_length() - 1, make_share(plan.warps, plan.shared)
+    shift, share = plan.group.bit_length() - 1, make_share(plan.warps, plan.shared)
     half_chunk, halves, row = plan.chunk // 2, plan.halves, 2 * plan.head_dim
 
     @device_function
@@ -166,13 +156,10 @@ def make_movers(plan: Plan) -> Movers:
             while shared_peek_i32(int32(memory + at_begun)) == 0:
                 pass
             window = shared_i32(int32(row_of_table + 8 * WINDOW))
-            base, end, here, _, _ = share(shared_i32(int32(memory + at_position)), window, block, heads, parts_shift)
+            position = shared_i32(int32(memory + at_position))
+            base, _, chunks, _, _, _ = share(position, window, block, heads, parts_shift)
             g, half = divide(shift_right(block, parts_shift), units_per_key), int32(0)
-            count = (
-                int32(2 * int32(uint32(max(int32(end - base), int32(0)) + KEYS - 1) // uint32(KEYS)))
-                if here
-                else int32(0)
-            )
+            count = int32(2 * chunks)
             while half < count:
                 some, mine = min(int32(halves), int32(count - half)), int32(half + lane)
                 source, size = int64(0), int32(0)
