@@ -144,6 +144,11 @@ def _warp_max(value: Any) -> Steps:
     return max((yield from exchange(int(value))))
 
 
+def _warp_max_u32(value: Any) -> Steps:
+    largest = max((yield from exchange(int(value) & 0xFFFFFFFF)))
+    return largest - (largest >> 31 << 32)  # the bits of an int32
+
+
 def _synchronize_threads(name: Any, threads: Any) -> Steps:
     return (yield from now.thread.block.barriers[int(name)].join(int(threads)))
 
@@ -376,7 +381,7 @@ INSTRUCTIONS: dict[str, Callable] = {
     "round_to_int": lambda value: round(float(value)),
     "larger": max,
     "warp_max_i32": _warp_max,
-    "warp_max_u32": _warp_max,
+    "warp_max_u32": _warp_max_u32,
     "exp2": lambda value: np.exp2(np.float32(value)),
     "reciprocal": lambda value: np.float32(1) / np.float32(value),
     "inverse_root": lambda value: np.float32(1) / np.sqrt(np.float32(value)),

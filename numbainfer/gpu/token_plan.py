@@ -14,6 +14,7 @@ MOST_PART = 2048  # bytes of a row that a warp takes at a time
 SLOT = 12 << 10  # bytes of a slot of the ring, where a block has twice as many of every matrix
 SMALL_SLOT = 8 << 10  # where it has not
 SPARE = 5  # slots of the ring, if it has so many, beside those with the chunks that warps wait for at a time
+AT_ONCE = 2  # copies of a part whose codes are in registers first: with all of them, two rows would not fit
 ENTRIES = 16  # a warp's pieces of rows whose places in the ring it finds at a time
 IN_FLIGHT = 48 << 10  # bytes that are under way to the ring, at most: more would only hold up what blocks exchange
 FETCHED = 112 << 10  # bytes that are brought to the second-level cache ahead of the copies to the ring
@@ -71,6 +72,12 @@ class Plan:
     def copies(self) -> int:
         """Pieces of 16 bytes of a part, for a lane."""
         return -(-self.part // 512)
+
+    @property
+    def mostly_narrow(self) -> bool:
+        """Whether most rows have no more copies than AT_ONCE. Then it pays to ask before the others are loaded; else
+        it costs."""
+        return self.hidden <= 512 * AT_ONCE
 
     @property
     def quads(self) -> int:

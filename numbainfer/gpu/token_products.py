@@ -27,10 +27,8 @@ from numbainfer.gpu.ptx import (
     shared_u16,
     shift_right,
 )
-from numbainfer.gpu.token_plan import ENTRIES, Plan
+from numbainfer.gpu.token_plan import AT_ONCE, ENTRIES, Plan
 from numbainfer.gpu.token_weights import make_in_ring
-
-AT_ONCE = 2  # copies of a part whose codes are in registers first: with all of them, two rows would not fit
 
 
 class Products(NamedTuple):
@@ -58,8 +56,7 @@ def make_products(plan: Plan) -> Products:
     shift, scale_step = plan.group.bit_length() - 1, 1024 // plan.group  # bytes of scales, for a copy of all lanes
     in_ring, code_words = make_in_ring(plan.slots), 4 * plan.copies
     at_sums, at_entries = plan.sums, plan.entries
-    # Where most rows have no more than the near copies, it pays to ask whether to load the others; else it costs.
-    mostly_narrow = plan.hidden <= 512 * AT_ONCE
+    mostly_narrow = plan.mostly_narrow
 
     def make_load(first: int, end: int) -> Any:
         @device_function
