@@ -121,14 +121,7 @@ def narrow(pairs: int, halves: int, width: int, group: int, blocks: int, warps: 
         ("token_llama", 64, 2, 0, "gl-g", None),
         ("token_wide", 64, 3, 3, "g", None),
         ("token_qwen2", 32, 2, 560, "gg", 1),  # two parts of the keys, to be merged
-        (
-            "token_qwen2",
-            32,
-            2,
-            1137,
-            "g",
-            6,
-        ),  # three chunks for some warps of each, two for others; the last is not full
+        ("token_qwen2", 32, 2, 1137, "g", 6),  # two or three chunks for a warp; the last is not full
         ("token_qwen2", 32, 4, 127, "ggg", 5),  # two that whoever needs them adds up; a third key makes three pages
         ("token_qwen3", 64, 2, 63, "gg", 2),
         ("token_biases", 64, 3, 5, "lg", 3),

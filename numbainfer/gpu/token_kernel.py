@@ -234,7 +234,7 @@ def _token(*numbers: int) -> Kernel:
             k = int32(HEAD_SHAPE) if is_head else m
             first, count, width, log_parts = shared_i32x4(int32(memory + at_shapes + 4 * SHAPE * k))
             of_block = int32(count << log_parts)  # parts
-            gated, normed = step == GATE_UP, step == QKV or step == GATE_UP  # noqa: PLR1714 - Numba
+            gated, normed = step == GATE_UP, step == QKV or step == GATE_UP  # noqa: PLR1714 - `in` would be a loop
             bias = shared_i64(int32(row_of_table + 8 * BIAS + 8 * (m + (step == DOWN))))
             early, early_up = float32(0), float32(0)
             if bias != 0 and place < of_block:

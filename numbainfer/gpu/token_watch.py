@@ -86,7 +86,7 @@ def make_watch(plan: Plan) -> Any:
                     cuda.syncwarp()
                     synchronize_threads(ARRIVED, threads + 32)
                 synchronize_threads(QUANTIZED, threads + 32)
-                if matrix == 0 or matrix == GATE_SHAPE:  # noqa: PLR1714 - Numba
+                if matrix == 0 or matrix == GATE_SHAPE:  # noqa: PLR1714 - `in` would be a loop
                     give_factor(memory, eps, lane)
                 if matrix == 0 and layer < layers:
                     window = shared_i32(int32(memory + at_table + 8 * COLUMNS * layer + 8 * WINDOW))
