@@ -342,7 +342,6 @@ INSTRUCTIONS: dict[str, Callable] = {
     "load_i32x4": read_global(I32, 4),
     "load_constant_f32": read_global(F32),
     "peek_i32": _peek(I32),
-    "peek_i32x2": _peek(I32, 2),
     "peek_i32x4": _peek(I32, 4),
     "peek_i64": _peek(I64),
     "post_i32": _post(I32),

@@ -122,6 +122,7 @@ def narrow(pairs: int, halves: int, width: int, group: int, blocks: int, warps: 
         ("token_wide", 64, 3, 3, "g", None),
         ("token_qwen2", 32, 2, 560, "gg", 1),  # two parts of the keys, to be merged
         ("token_qwen2", 32, 2, 1137, "g", 6),  # two or three chunks for a warp; the last is not full
+        ("token_qwen2", 32, 8, 2100, "g", 7),  # eight parts, merged by six blocks
         ("token_qwen2", 32, 4, 127, "ggg", 5),  # two that whoever needs them adds up; a third key makes three pages
         ("token_qwen3", 64, 2, 63, "gg", 2),
         ("token_biases", 64, 3, 5, "lg", 3),
@@ -195,6 +196,7 @@ def test_sequences_in_turn(
     for module in (token_plan, token_weights, token_kernel):
         monkeypatch.setattr(module, "PAGES", 4)
     monkeypatch.setattr(Plan, "mostly_narrow", property(lambda plan: False))  # as of larger models
+    monkeypatch.setattr(Plan, "asks_first", property(lambda plan: True))
     weights = source_weights(checkpoint_of(name), "int8", 32)
     vocabulary = weights.config.vocab_size
     expected, actual = (
@@ -389,6 +391,34 @@ def test_tokens_on_a_gpu(name: str, checkpoint_of: Checkpoints) -> None:
         assert logits.argmax() == chosen[position - length]
     for model in models:
         model.release()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["token_llama", "token_qwen2", "token_qwen3"])
+def test_long_texts_on_a_gpu(name: str, checkpoint_of: Checkpoints) -> None:
+    """Keys in some parts and in as many as blocks, merged by few blocks and by many, beside the step as a kernel for
+    each of its operators, which reads the same keys."""
+    lengths = (600, 1500, 5003, 9001)
+    model = build_model(operators("cuda"), source_weights(checkpoint_of(name), "int8", 32), lengths[-1] + PAGE)
+    step = model.token_step
+    assert isinstance(step, TokenStep)
+    text = np.random.default_rng(1).integers(0, model.config.vocab_size, lengths[-1]).tolist()
+    sequence, start = model.cache.add_sequence(), 0
+    for length in lengths:
+        while start < length:
+            some = text[start : min(length, start + model.chunk)]
+            model.cache.append(sequence, some)
+            model.step(some, np.arange(start, start + len(some)), sequence.row, "none")
+            start += len(some)
+        rows = []
+        for whole in (True, False):
+            model.token_step, model.eager = step if whole else None, not whole
+            model.cache.append(sequence, [1])
+            rows.append(np.array(model.step([1], [length], sequence.row)))
+            model.cache.truncate(sequence, length)
+        assert difference(*rows) < 2e-3
+    model.token_step = step
+    model.release()
 
 
 @kernel("i32p", threads=64)

@@ -84,7 +84,7 @@ def instruction(
     return decorate
 
 
-_i32x4, _f32x4, _i32x2, _f32x2 = (types.UniTuple(t, n) for t, n in ((i32, 4), (f32, 4), (i32, 2), (f32, 2)))
+_i32x4, _f32x4, _f32x2 = (types.UniTuple(t, n) for t, n in ((i32, 4), (f32, 4), (f32, 2)))
 
 
 # --- addresses ---------------------------------------------------------------------------------------------------
@@ -192,11 +192,6 @@ def store_f32x4(address, a, b, c, d):
 
 
 # --- between blocks that run at the same time: numbers that tell by themselves whether they have come ---------------
-
-
-@instruction("ld.relaxed.gpu.global.v2.u32 {$0, $1}, [$2];", _i32x2, i64)
-def peek_i32x2(address):
-    """8 bytes as they stand at this moment, each 4 of them whole."""
 
 
 @instruction("ld.relaxed.gpu.global.v4.u32 {$0, $1, $2, $3}, [$4];", _i32x4, i64)

@@ -3,8 +3,8 @@
 A block is one unit of query heads, which share a key/value head, and one part of the keys; most blocks have none where
 the text is short. Earlier tokens' keys and values come through the ring, as weights do, long before they are needed
 (token_weights.py). Of a short text, each part has an area of the result, and who needs it adds them up
-(token_input.py). Of a long one, parts are merged by the block of the first, to which the others leave sums as pairs of
-a number and of the turn that it belongs to.
+(token_input.py). Of a long one, each block leaves its part's sums to the others, as pairs of a number and of the turn
+that it belongs to, and merges some columns of all parts.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ from numbainfer.gpu.ptx import (
     shared_store_f32,
     shared_store_i32,
     shared_store_u16,
+    shift_right,
     warp_max_i32,
     words_at,
 )
-from numbainfer.gpu.reduce import warp_max, warp_sum
+from numbainfer.gpu.reduce import warp_sum
 from numbainfer.gpu.rope import PAGE, PAGE_BITS, saturated
 from numbainfer.gpu.token_input import tagged
-from numbainfer.gpu.token_plan import AREAS, K_PAGES, Q_NORM, ROTATED, V_PAGES, WINDOW, Plan
+from numbainfer.gpu.token_plan import AREAS, K_PAGES, MERGED_ROWS, Q_NORM, ROTATED, V_PAGES, WINDOW, Plan
 from numbainfer.gpu.token_weights import make_in_ring
 
 
@@ -83,10 +84,11 @@ def make_attention(plan: Plan) -> Any:
     at_queries, row_bytes = plan.area + layout.queries, layout.row
     at_key, at_value = plan.area + 4 * shared * head_dim, plan.area + 4 * (shared + 1) * head_dim
     at_values, piece_bytes = plan.area + layout.values, layout.piece
-    at_tops, at_totals, at_summary = plan.area + layout.tops, plan.area + layout.totals, plan.area + layout.summary
+    at_tops, at_totals = plan.area + layout.tops, plan.area + layout.totals
     head_shift = head_dim.bit_length() - 1
     width, words, per_lane, sums = shared * head_dim, head_dim // 4, head_dim // 32, head_dim // 4
-    batch = 16 if head_dim == 64 else 8  # parts that a thread merges at a time: there are registers for it
+    rounds, asks_first = -(-width // threads), plan.asks_first
+    warps, at_rows, columns_shift = plan.warps, plan.area + MERGED_ROWS, plan.columns_shift
 
     @device_function
     def await_head(v, source, tag, lane):
@@ -184,43 +186,57 @@ def make_attention(plan: Plan) -> Any:
         return value, largest, factor * weights
 
     @device_function
-    def merge(memory, values, statistics, place, active, mark, mixed, tag, thread, warp, lane):
-        """Merges the parts' sums, those of the first at `place`, into the result at `mixed`."""
-        last = int32(active - 1)
-        if warp < shared:
-            at = statistics + 16 * int32((place + min(lane, last)) * shared + warp)
-            while True:
-                top, total = peek_i64(at), peek_i64(at + 8)
-                if top >> 32 == mark and total >> 32 == mark:
-                    break
-            top_value, total_value = as_float(int32(top)), as_float(int32(total))
-            largest = warp_max(top_value)
-            decay = exp2(top_value - largest) if lane < active else float32(0)
-            weights = warp_sum(decay * total_value)
-            shared_store_f32(memory + at_tops + 4 * (32 * warp + lane), decay)
-            if lane == 0:
-                shared_store_f32(memory + at_summary + 8 * warp + 4, weights)
+    def merge(memory, values, statistics, place, part, active, mark, mixed, tag, thread, warp, lane):
+        """Merges this block's columns of the unit's `active` parts into `mixed`. place: the block of the first part,
+        from which on `values` [block, width] and `statistics` [block, head, 2] have sums; part: this block's."""
+        log_columns = int32(columns_shift)
+        while int32(active << log_columns) < width:
+            log_columns = int32(log_columns + 1)
+        columns, begin = int32(int32(1) << log_columns), int32(part << log_columns)
+        if begin >= width:
+            return
+        if asks_first and warp == 0:
+            sample = statistics + 16 * int32(
+                int32(place + min(lane, int32(active - 1))) * shared + (begin >> head_shift)
+            )
+            while peek_i64(sample) >> 32 != mark:
+                pass
         synchronize_threads(1, threads)
-        words = cuda.local.array(batch, int64)
-        i = thread
-        while i < width:
-            h, value = int32(i >> head_shift), float32(0)
-            p = int32(0)
-            while p < active:
-                while True:
-                    late = int64(0)
-                    for j in range(batch):
-                        words[j] = peek_i64(values + 8 * int32((place + min(int32(p + j), last)) * width + i))
-                        late |= (words[j] >> 32) ^ mark
-                    if late == 0:
-                        break
-                for j in range(batch):
-                    factor = shared_f32(int32(memory + at_tops + 4 * (32 * h + min(int32(p + j), last))))
-                    value += (factor if int32(p + j) < active else float32(0)) * as_float(int32(words[j]))
-                p = int32(p + batch)
-            value /= shared_f32(memory + at_summary + 8 * h + 4)
-            post_i32(mixed + 4 * int32(h * head_dim + dimension(i & (head_dim - 1))), tagged(value, tag))
-            i = int32(i + threads)
+        row, column = int32(columns + 1), thread & int32(columns - 1)  # rows begin in different banks
+        columns = min(columns, int32(width - begin))
+        i, of_head = int32(begin + min(column, int32(columns - 1))), int32(column & (head_dim - 1)) == 0
+        p, step = shift_right(thread, log_columns), shift_right(int32(threads), log_columns)
+        while p < active:
+            here = int32(place + p)
+            at_statistic = statistics + 16 * int32(here * shared + (i >> head_shift))
+            word, top_word, total_word, late = int64(0), int64(0), int64(0), int64(1)
+            while late != 0:
+                word = peek_i64(values + 8 * int32(here * width + i))
+                top_word, total_word = peek_i64(at_statistic), peek_i64(at_statistic + 8)
+                late = ((word >> 32) ^ mark) | ((top_word >> 32) ^ mark) | ((total_word >> 32) ^ mark)
+            shared_store_f32(int32(memory + at_rows + 4 * int32(p * row + column)), as_float(int32(word)))
+            if of_head:
+                to = int32(memory + area + 256 * (column >> head_shift) + 4 * p)
+                shared_store_f32(to, as_float(int32(top_word)))
+                shared_store_f32(int32(to + 128), as_float(int32(total_word)))
+            p = int32(p + step)
+        synchronize_threads(1, threads)
+        mine, column = min(lane, int32(active - 1)), warp
+        while column < columns:
+            at_top = int32(memory + area + 256 * (column >> head_shift) + 4 * mine)
+            top = shared_f32(at_top)
+            decay = exp2(top - as_float(ordered(warp_max_i32(ordered(as_int(top))))))
+            decay = decay if lane < active else float32(0)
+            value = decay * shared_f32(int32(memory + at_rows + 4 * int32(mine * row + column)))
+            weight = decay * shared_f32(int32(at_top + 128))
+            for step in (16, 8, 4, 2, 1):
+                value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
+                weight += cuda.shfl_xor_sync(0xFFFFFFFF, weight, step)
+            if lane == 0:
+                i = int32(begin + column)
+                to = int32(int32(i & int32(-head_dim)) + dimension(i & (head_dim - 1)))
+                post_i32(mixed + 4 * to, tagged(value * reciprocal(weight), tag))
+            column = int32(column + warps)
 
     @device_function
     def attention(
@@ -240,15 +256,16 @@ def make_attention(plan: Plan) -> Any:
         alone, merged = own and part == 0, sources == 1 and not (own and part == 0)
         result = mixed + 4 * int64(int32(part * heads + first_head) * head_dim)
         result_statistics = mixed + 4 * int64(
-            int32(AREAS * heads * head_dim) + int32(2 * int32(part * heads + first_head))
+            int32(AREAS * heads * head_dim) + int32(2 * int32(first_head * AREAS + part))
         )
         if has_area and (here == 0 or merged) and thread < 2 * shared:
-            post_i32(result_statistics + 4 * thread, tagged(float32(0), turn))
+            at = int32(int32(2 * AREAS * int32(thread >> 1)) + (thread & 1))
+            post_i32(result_statistics + 4 * at, tagged(float32(0), turn))
         if has_area and (here == 0 or (merged and part > 0)):
-            i = thread
-            while i < width:
-                post_i32(result + 4 * i, tagged(float32(0), turn))
-                i = int32(i + threads)
+            for r in range(rounds):
+                i = int32(thread + r * threads)
+                if i < width:
+                    post_i32(result + 4 * i, tagged(float32(0), turn))
         if here == 0:
             return
         first = shared_i32(int32(memory + at_progress + 4 * warp))  # slot
@@ -320,27 +337,27 @@ def make_attention(plan: Plan) -> Any:
 
         pieces = int32(pieces + (1 if own else 0))
         mark = (int64(turn) & int64(0x3FFFFFFF)) + 1
-        i = thread
-        while i < width:  # of a warp all or none
-            h, at = int32(i >> head_shift), int32(i & (head_dim - 1))
-            value, largest, weight = blend(memory, pieces, i, lane)
-            if merged:
-                post_i64(part_values + 8 * int32(block * width + i), marked(value, mark))
-            else:
-                value *= reciprocal(warp_sum(weight)) if alone else float32(1)
-                post_i32(result + 4 * int32(h * head_dim + dimension(at)), tagged(value, tag))
-            if int32(at & int32(-32)) == 0:  # the head's first warp
-                total = warp_sum(weight)
-                statistic = largest if at == 0 else total
-                if at < 2 and merged:
-                    to = int32(int32(block * shared + h) * 2 + at)
-                    post_i64(part_statistics + 8 * to, marked(statistic, mark))
-                elif at < 2:
-                    post_i32(result_statistics + 4 * int32(2 * h + at), tagged(statistic, tag))
-            i = int32(i + threads)
-        if merged and part == 0:
-            active = divide(int32(position - start + size - 1), size)
-            synchronize_threads(1, threads)
-            merge(memory, part_values, part_statistics, block, active, mark, result, tag, thread, warp, lane)
+        for r in range(rounds):
+            i = int32(thread + r * threads)
+            if i < width:  # of a warp all or none
+                h, at = int32(i >> head_shift), int32(i & (head_dim - 1))
+                value, largest, weight = blend(memory, pieces, i, lane)
+                if merged:
+                    post_i64(part_values + 8 * int32(block * width + i), marked(value, mark))
+                else:
+                    value *= reciprocal(warp_sum(weight)) if alone else float32(1)
+                    post_i32(result + 4 * int32(h * head_dim + dimension(at)), tagged(value, tag))
+                if int32(at & int32(-32)) == 0:  # the head's first warp
+                    total = warp_sum(weight)
+                    statistic = largest if at == 0 else total
+                    if at < 2 and merged:
+                        to = int32(int32(block * shared + h) * 2 + at)
+                        post_i64(part_statistics + 8 * to, marked(statistic, mark))
+                    elif at < 2:
+                        post_i32(result_statistics + 4 * int32(2 * AREAS * h + at), tagged(statistic, tag))
+        if merged:
+            active = int32(part + divide(int32(position - start + size - 1), size))
+            place, of_unit = int32(block - part), mixed + 4 * int64(int32(first_head * head_dim))
+            merge(memory, part_values, part_statistics, place, part, active, mark, of_unit, tag, thread, warp, lane)
 
     return attention

@@ -15,7 +15,6 @@ from numbainfer.gpu.ptx import (
     exp2,
     half_to_float,
     larger,
-    peek_i32x2,
     peek_i32x4,
     permute,
     reciprocal,
@@ -55,7 +54,8 @@ def make_input(plan: Plan) -> Input:
     threads, quads, norm_quads, widest = 32 * plan.warps, plan.quads, plan.norm_quads, plan.widest
     at_codes, at_scales = plan.area, plan.scales
     group_lanes, shift = plan.group // 4, plan.group.bit_length() - 1
-    mixed_quads, head_shift, four_areas = plan.mixed_quads, plan.head_dim.bit_length() - 1, 4 * AREAS
+    mixed_quads, head_shift = plan.mixed_quads, plan.head_dim.bit_length() - 1
+    two_areas, four_areas = 2 * AREAS, 4 * AREAS
 
     @device_function
     def largest_of_group(value, thread):
@@ -90,11 +90,12 @@ def make_input(plan: Plan) -> Input:
     def await_parts(source, tag, width, parts, v, thread):
         """The same of what attention gives in 2 to AREAS parts: sums of each, and for each head of a part its largest
         score and the sum of weights relative to it; merged as FlashAttention's are (Dao et al. 2022)."""
-        last, heads = int32(int32(width >> 2) - 1), int32(width >> head_shift)
+        last = int32(int32(width >> 2) - 1)
         statistics = source + 4 * int64(AREAS * width)
         synchronize_threads(ARRIVED, threads + 32)
         raw = cuda.local.array(four_areas, float32)
         tops, totals = cuda.local.array(AREAS, float32), cuda.local.array(AREAS, float32)
+        of_parts = cuda.local.array(two_areas, int32)
         for j in range(mixed_quads):
             quad = int32(thread + int32(threads * j))
             if int32(quad & int32(-32)) <= last:  # of a warp any
@@ -102,10 +103,15 @@ def make_input(plan: Plan) -> Input:
                 head, late = shift_right(quad, int32(head_shift - 2)), int32(3)
                 while late & 3:
                     late = int32(0)
+                    for p in range(0, AREAS, 2):
+                        if p < parts:
+                            a, b, c, d = peek_i32x4(statistics + 8 * int32(AREAS * head + p))
+                            of_parts[2 * p], of_parts[2 * p + 1] = a, b
+                            of_parts[2 * p + 2], of_parts[2 * p + 3] = c, d
                     for p in range(AREAS):
                         if p < parts:
                             a, b, c, d = peek_i32x4(source + 4 * int32(p * width) + 16 * quad)
-                            top, total = peek_i32x2(statistics + 8 * int32(p * heads + head))
+                            top, total = of_parts[2 * p], of_parts[2 * p + 1]
                             late |= (a ^ tag) | (b ^ tag) | (c ^ tag) | (d ^ tag) | (top ^ tag) | (total ^ tag)
                             raw[4 * p], raw[4 * p + 1] = as_float(a), as_float(b)
                             raw[4 * p + 2], raw[4 * p + 3] = as_float(c), as_float(d)

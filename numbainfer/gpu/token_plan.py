@@ -22,9 +22,12 @@ FETCH_RATE = 1.1  # how fast, as a share of what memory can do at most
 LEAD = 2  # slots that the next copies bring by themselves: fetching these too would only cost memory time
 
 # Areas of what attention gives: for so many parts of the keys, at most, which the readers of `mixed` add up by
-# themselves. It is float32 [AREAS, heads, d], then [AREAS, heads, 2]: a part's largest score and its sum of weights.
+# themselves. It is float32 [AREAS, heads, d], then [heads, AREAS, 2]: a part's largest score and its sum of weights.
 AREAS_SHIFT = 1
 AREAS = 1 << AREAS_SHIFT
+
+MERGED_ROWS = 4 * 256  # where, behind largest scores and sums of weights of up to four heads, the parts' sums are
+SHORT_OUTPUT = 1024  # numbers of attention's output whose parts few blocks merge: see Plan.asks_first
 
 SHAPES = 5  # of matrices: QKV, attention's output, gate and up, down, head
 OUTPUT_SHAPE, GATE_SHAPE, HEAD_SHAPE = 1, 2, 4
@@ -214,8 +217,26 @@ class Plan:
         return Layout(self.head_dim, self.shared, self.attending)
 
     @property
+    def asks_first(self) -> bool:
+        """Whether a block that merges has one warp ask until parts have come. Else all do, which is sooner done, but
+        holds up those who still write, where they are many."""
+        return self.mixed > SHORT_OUTPUT
+
+    @property
+    def columns_shift(self) -> int:
+        """log2 of the columns that a block merges of a long text's parts, at least: whole lines of memory."""
+        return 5 if self.asks_first else 4
+
+    @property
+    def merging(self) -> int:
+        """Bytes that a block needs for that, at most, of 32 parts: see token_attention.merge."""
+        columns = max(32 << self.columns_shift, 2 * self.shared * self.head_dim)
+        return MERGED_ROWS + 4 * (columns + 32)
+
+    @property
     def nbytes(self) -> int:
-        return max(self.scales + 4 * (self.widest // self.group), self.area + self.attention.nbytes)
+        of_products, of_attention = self.scales + 4 * (self.widest // self.group), self.attention.nbytes
+        return max(of_products, self.area + max(of_attention, self.merging))
 
 
 def slots_of(chunks: int, halves: int) -> int:

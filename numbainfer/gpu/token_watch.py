@@ -40,7 +40,7 @@ from numbainfer.gpu.token_plan import (
 from numbainfer.gpu.token_weights import make_share
 
 SAMPLES = 2  # numbers of a vector that blocks ask for until they have come; more would hold up what they wait for
-MOST_SAMPLES = 32  # of attention's output, of a short text: the last of what each block gives, at times of its own
+MOST_SAMPLES = 32  # of attention's output: the last of each part's and each unit's, which come at times of their own
 
 
 def make_watch(plan: Plan) -> Any:
@@ -74,9 +74,8 @@ def make_watch(plan: Plan) -> Any:
                     source, tag = x, int32(turn + turn - (matrix == 0))
                     samples, columns = int32(SAMPLES), width
                     if matrix == OUTPUT_SHAPE:
-                        source, tag = mixed, turn
-                        if sources > 1:  # by so many blocks for each unit
-                            samples, columns = min(int32(sources * units), int32(MOST_SAMPLES)), int32(sources * width)
+                        source, tag, columns = mixed, turn, int32(sources * width)
+                        samples = min(int32(sources * units), int32(MOST_SAMPLES))
                     elif matrix > GATE_SHAPE:
                         source, tag = inner, turn
                     if lane < samples:
