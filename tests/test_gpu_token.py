@@ -123,6 +123,8 @@ def narrow(pairs: int, halves: int, width: int, group: int, blocks: int, warps: 
         ("token_qwen2", 32, 2, 560, "gg", 1),  # two parts of the keys, to be merged
         ("token_qwen2", 32, 2, 1137, "g", 6),  # two or three chunks for a warp; the last is not full
         ("token_qwen2", 32, 8, 2100, "g", 7),  # eight parts, merged by six blocks
+        ("token_qwen2", 32, 16, 3400, "g", None),  # 16 columns a block, the fewest
+        ("token_llama", 32, 16, 2200, "g", None),  # the same of two units
         ("token_qwen2", 32, 4, 127, "ggg", 5),  # two that whoever needs them adds up; a third key makes three pages
         ("token_qwen3", 64, 2, 63, "gg", 2),
         ("token_biases", 64, 3, 5, "lg", 3),
