@@ -404,14 +404,9 @@ def test_long_texts_on_a_gpu(name: str, checkpoint_of: Checkpoints) -> None:
     model = build_model(operators("cuda"), source_weights(checkpoint_of(name), "int8", 32), lengths[-1] + PAGE)
     step = model.token_step
     assert isinstance(step, TokenStep)
-    text = np.random.default_rng(1).integers(0, model.config.vocab_size, lengths[-1]).tolist()
-    sequence, start = model.cache.add_sequence(), 0
-    for length in lengths:
-        while start < length:
-            some = text[start : min(length, start + model.chunk)]
-            model.cache.append(sequence, some)
-            model.step(some, np.arange(start, start + len(some)), sequence.row, "none")
-            start += len(some)
+    sequence = filled(model, np.random.default_rng(1).integers(0, model.config.vocab_size, lengths[-1]).tolist())
+    for length in reversed(lengths):
+        model.cache.truncate(sequence, length)
         rows = []
         for whole in (True, False):
             model.token_step, model.eager = step if whole else None, not whole

@@ -4,7 +4,7 @@ A block is one unit of query heads, which share a key/value head, and one part o
 the text is short. Earlier tokens' keys and values come through the ring, as weights do, long before they are needed
 (token_weights.py). Of a short text, each part has an area of the result, and who needs it adds them up
 (token_input.py). Of a long one, each block leaves its part's sums to the others, as pairs of a number and of the turn
-that it belongs to, and merges some columns of all parts.
+that it belongs to, and the first ones of a unit merge some columns of all parts each.
 """
 
 from __future__ import annotations
