@@ -84,9 +84,25 @@ class Emulated:
         """As a stream."""
         simt.launch(kernel, grid, *arguments, **options, order=self.order, others=self.held)
 
+    def synchronize(self) -> None:
+        """As a stream."""
+
     def empty(self, shape: Any, dtype: Any) -> Array:
         """As a pool."""
         return np.zeros(shape, dtype).view(Array)
+
+    zeros = empty
+
+    def release(self, array: Array) -> None:
+        """As a pool: what is in it afterwards means nothing."""
+        array.view(np.int8)[...] = 0x55
+
+
+@pytest.fixture(autouse=True)
+def _one_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulator does not try places: its time says nothing."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(sys.modules[TokenStep.__module__], "SMALL", 0)
 
 
 def filled(model: Model, text: list[int]) -> Sequence:
@@ -228,6 +244,29 @@ def test_sequences_in_turn(
         assert difference(logits, wanted) < 1e-3
         keys_and_values = stored(actual.cache, mine, length)
         np.testing.assert_allclose(keys_and_values, stored(expected.cache, theirs, length), atol=5e-3, rtol=2e-3)
+
+
+def test_what_was_computed_to_choose_a_place_is_forgotten(
+    checkpoint_of: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both places have numbers whose tags would be right for the first step."""
+    for name, value in (("PLACES", 2), ("ROUNDS", 1), ("TRIED", 1)):
+        monkeypatch.setattr(sys.modules[TokenStep.__module__], name, value)
+    weights = source_weights(checkpoint_of("token_llama"), "int8", 64)
+    expected, actual = (build_model(operators("cpu"), weights, PAGE) for _ in range(2))
+    theirs, mine = (model.cache.add_sequence() for model in (expected, actual))
+    step = Emulated(actual, 2, 1).step
+    first = step.vectors
+    step.choose_place()
+    tokens, positions, rows = np.array([5], np.int32), np.array([0], np.int32), np.array([mine.row], np.int32)
+    logits = np.full((1, weights.config.vocab_size), np.nan, np.float32)
+    expected.cache.append(theirs, [5])
+    actual.cache.append(mine, [5])
+    wanted = expected.step([5], [0], theirs.row)
+    assert wanted is not None
+    step.launch(tokens, positions, rows, logits, None)
+    assert difference(logits, wanted) < 1e-3
+    assert [vector.shape for vector in step.vectors] == [vector.shape for vector in first]
 
 
 @pytest.mark.parametrize("past", [0, 150])
@@ -383,16 +422,22 @@ def test_tokens_on_a_gpu(name: str, checkpoint_of: Checkpoints) -> None:
         theirs, mine = rows
         if theirs is not None and mine is not None:
             assert difference(mine, theirs) < 2e-3
-    sequence, last = sequences[1], [1]
-    chosen = [tokens[0] for tokens in actual.greedy(last, [sequence], 12)]
-    actual.cache.truncate(sequence, length)
-    for position, token in enumerate([*last, *chosen[:-1]], length):
-        actual.cache.append(sequence, [token])
-        logits = actual.step([token], [position], sequence.row)
-        assert logits is not None
-        assert logits.argmax() == chosen[position - length]
+    _check_greedy(actual, sequences[1], 12)
     for model in models:
         model.release()
+
+
+def _check_greedy(model: Model, sequence: Sequence, count: int) -> None:
+    """Greedy decoding against the logits of steps one by one."""
+    length = len(sequence)
+    chosen = [tokens[0] for tokens in model.greedy([1], [sequence], count)]
+    model.cache.truncate(sequence, length)
+    for position, token in enumerate([1, *chosen[:-1]], length):
+        model.cache.append(sequence, [token])
+        logits = model.step([token], [position], sequence.row)
+        assert logits is not None
+        assert logits.argmax() == chosen[position - length]
+    model.cache.truncate(sequence, length)
 
 
 @pytest.mark.gpu
@@ -414,7 +459,8 @@ def test_long_texts_on_a_gpu(name: str, checkpoint_of: Checkpoints) -> None:
             rows.append(np.array(model.step([1], [length], sequence.row)))
             model.cache.truncate(sequence, length)
         assert difference(*rows) < 2e-3
-    model.token_step = step
+        model.token_step, model.eager = step, False
+        _check_greedy(model, sequence, 6)
     model.release()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,12 @@ from numbainfer.memory import MemoryPool
 from numbainfer.quantization import QuantizedMatrix
 
 RESERVED = 1 << 10  # bytes of a block's shared memory that are not the plan's
+
+# How fast blocks exchange vectors depends by 1 to 2% on where these are: which addresses belong to which part of the
+# second-level cache is nothing that one can ask. So of PLACES in memory the fastest is taken, each tried ROUNDS times,
+# TRIED tokens at a time. It takes 0.1 s with SMALL bytes of weights; with more of them it hardly matters.
+PLACES, ROUNDS, TRIED = 8, 4, 8
+SMALL = 2 << 30
 
 
 class TokenStep:
@@ -33,20 +40,45 @@ class TokenStep:
         parts = self.units << self.parts_shift
         self.table = self._put(_table(model))
         self.shapes = self._put(np.stack([block_shares(shape, blocks, plan.slot_codes) for shape in shapes], axis=1))
-        # No number's tag is right before the first is written: the first tag is 0.
-        self.x, self.qkv, self.mixed, self.inner = (
-            self._put(np.full(size, -1, np.int32).view(np.float32))
-            for size in (config.hidden_size, shapes[0].pairs, AREAS * (plan.mixed + 2 * config.heads), shapes[3].width)
-        )
+        self.sizes = config.hidden_size, shapes[0].pairs, AREAS * (plan.mixed + 2 * config.heads), shapes[3].width
         self.part_values = self._put(np.zeros(parts * plan.shared * plan.head_dim, np.int64))
         self.part_statistics = self._put(np.zeros(parts * plan.shared * 2, np.int64))
         self.state, self.best = self._put(np.zeros(2, np.int32)), self._put(np.full(blocks, -1, np.int64))
+        self._exchange_at(self._place())
 
     def _put(self, host: np.ndarray) -> DeviceArray:
         array = self.pool.empty(host.shape, host.dtype)
         array[...] = host
         self.held.append(array)
         return array
+
+    def _place(self) -> list[DeviceArray]:
+        """Memory for the vectors that blocks exchange: x, qkv, mixed, inner."""
+        return [self.pool.empty(size, np.float32) for size in self.sizes]
+
+    def _exchange_at(self, place: list[DeviceArray]) -> None:
+        """Takes a place for these, as if nothing had been computed yet."""
+        for vector in place:  # no number's tag is right before the first is written: the first tag is 0
+            vector[...] = np.full(vector.shape, -1, np.int32).view(np.float32)
+        self.state[...] = 0
+        self.vectors = place
+
+    def choose_place(self) -> None:
+        """Tries PLACES places for the vectors and takes the fastest. Before the first step: it writes to the cache."""
+        places, nothing = [self.vectors, *(self._place() for _ in range(PLACES - 1))], self.pool.zeros(1, np.int32)
+        seconds = [float("inf")] * PLACES
+        for _ in range(ROUNDS):
+            for i, place in enumerate(places):
+                self._exchange_at(place)
+                self.stream.synchronize()
+                start = time.perf_counter()
+                for _ in range(TRIED):
+                    self.launch(nothing, nothing, nothing, None, None)
+                self.stream.synchronize()
+                seconds[i] = min(seconds[i], time.perf_counter() - start)
+        self._exchange_at(places.pop(seconds.index(min(seconds))))
+        for array in (nothing, *(vector for place in places for vector in place)):
+            self.pool.release(array)
 
     def launch(self, tokens: Any, positions: Any, sequences: Any, logits: Any, history: Any) -> None:
         """tokens, positions, sequences [1]; logits [1, vocabulary] or None for none of them. history: see
@@ -61,7 +93,7 @@ class TokenStep:
             *(config.heads, config.kv_heads, config.heads // config.kv_heads // plan.shared),
             *(config.head_dim**-0.5, config.norm_eps, self.cos.shape[1], self.cos, self.sin),
             *(self.cache.page_table, self.cache.page_table.shape[1], self.parts_shift),
-            *(self.x, self.qkv, self.mixed, self.inner, self.part_values, self.part_statistics, self.state),
+            *(*self.vectors, self.part_values, self.part_statistics, self.state),
             *(logits, self.best, history, 0 if history is None else len(history)),
             shared=plan.nbytes,
             together=True,
@@ -69,7 +101,7 @@ class TokenStep:
 
     def release(self) -> None:
         """Gives its memory back to the pool."""
-        for array in self.held:
+        for array in (*self.held, *self.vectors):
             self.pool.release(array)
 
 
@@ -152,7 +184,10 @@ def token_step(stream: Stream, pool: MemoryPool, model: Any) -> TokenStep | None
     )
     if plan is None or not _fits(plan, blocks, shapes, layers[0], config.heads // shared):
         return None
-    return TokenStep(stream, pool, plan, blocks, shapes, model)
+    step = TokenStep(stream, pool, plan, blocks, shapes, model)
+    if sum(matrix.codes.size for matrix in matrices) < SMALL:
+        step.choose_place()
+    return step
 
 
 def _fits(plan: Plan, blocks: int, shapes: list[Shape], layer: Any, units: int) -> bool:

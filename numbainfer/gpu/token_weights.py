@@ -107,6 +107,7 @@ def make_movers(plan: Plan) -> Movers:
     at_position = plan.position
     shift, share = plan.group.bit_length() - 1, make_share(plan.warps, plan.shared)
     half_chunk, halves, row = plan.chunk // 2, plan.halves, 2 * plan.head_dim
+    at_once = 32 // halves * halves  # halves whose places lanes find together
 
     @device_function
     def copy(memory, number, lane, source, size, to, total):
@@ -161,20 +162,24 @@ def make_movers(plan: Plan) -> Movers:
             g, half = divide(shift_right(block, parts_shift), units_per_key), int32(0)
             count = int32(2 * chunks)
             while half < count:
-                some, mine = min(int32(halves), int32(count - half)), int32(half + lane)
-                source, size = int64(0), int32(0)
-                if lane < some:
+                mine, source = int32(half + lane), int64(0)
+                if mine < count:
                     pages = shared_i64(int32(row_of_table + 8 * (V_PAGES if mine & 1 else K_PAGES)))
                     key = int32(base + KEYS * int32(mine >> 1))
-                    size, page = int32(half_chunk), shift_right(key, int32(PAGE_BITS))
+                    page = shift_right(key, int32(PAGE_BITS))
                     if page < PAGES:
                         page = shared_i32(int32(memory + at_page_numbers + 4 * page))
                     else:
                         page = load_i32(shared_i64(int32(memory + at_pages)) + 4 * page)
                     in_page = int32(key & int32(PAGE - 1))
                     source = pages + int64(int32(page * kv_heads + g)) * (PAGE * row) + int32(in_page * row)
-                visit(memory, number, lane, source, size, int32(half_chunk * lane), int32(half_chunk * some))
-                half, number = int32(half + halves), int32(number + 1)
+                first, end = int32(0), min(int32(at_once), int32(count - half))
+                while first < end:
+                    of_slot, some = int32(lane - first), min(int32(halves), int32(end - first))
+                    size = int32(half_chunk) if 0 <= of_slot < some else int32(0)
+                    visit(memory, number, lane, source, size, int32(half_chunk * of_slot), int32(half_chunk * some))
+                    first, number = int32(first + halves), int32(number + 1)
+                half = int32(half + at_once)
             return number
 
         @device_function
