@@ -17,9 +17,10 @@ from numbainfer.quantization import QuantizedMatrix
 
 RESERVED = 1 << 10  # bytes of a block's shared memory that are not the plan's
 
-# How fast blocks exchange vectors depends by 1 to 2% on where these are: which addresses belong to which part of the
-# second-level cache is nothing that one can ask. So of PLACES in memory the fastest is taken, each tried ROUNDS times,
-# TRIED tokens at a time. It takes 0.1 s with SMALL bytes of weights; with more of them it hardly matters.
+# How fast a small model is depends, by up to 3%, on where the vectors are that blocks exchange: which addresses belong
+# to which part of the second-level cache is nothing that one can ask. So of PLACES in memory the fastest is taken, each
+# tried ROUNDS times, TRIED tokens at a time. With SMALL bytes of weights that takes 0.1 to 0.2 s; with more it hardly
+# matters.
 PLACES, ROUNDS, TRIED = 8, 4, 8
 SMALL = 2 << 30
 
@@ -57,7 +58,8 @@ class TokenStep:
         return [self.pool.empty(size, np.float32) for size in self.sizes]
 
     def _exchange_at(self, place: list[DeviceArray]) -> None:
-        """Takes a place for these, as if nothing had been computed yet."""
+        """Takes a place for these, as if nothing had been computed yet. (What else a step leaves behind, parts of long
+        texts and the choice of a token, no token at position 0 does.)"""
         for vector in place:  # no number's tag is right before the first is written: the first tag is 0
             vector[...] = np.full(vector.shape, -1, np.int32).view(np.float32)
         self.state[...] = 0
@@ -66,10 +68,11 @@ class TokenStep:
     def choose_place(self) -> None:
         """Tries PLACES places for the vectors and takes the fastest. Before the first step: it writes to the cache."""
         places, nothing = [self.vectors, *(self._place() for _ in range(PLACES - 1))], self.pool.zeros(1, np.int32)
-        seconds = [float("inf")] * PLACES
+        seconds, order = [float("inf")] * PLACES, list(range(PLACES))
         for _ in range(ROUNDS):
-            for i, place in enumerate(places):
-                self._exchange_at(place)
+            order.reverse()  # the clock may be rising
+            for i in order:
+                self._exchange_at(places[i])
                 self.stream.synchronize()
                 start = time.perf_counter()
                 for _ in range(TRIED):
