@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,8 @@ from numbainfer.gpu.ptx import address, peek_i32, post_i32, shared_address
 from numbainfer.gpu.token_plan import (
     AREAS,
     IN_FLIGHT,
+    SHAPE,
+    SHAPES,
     SLOT,
     WARPS,
     Plan,
@@ -59,6 +62,8 @@ class Emulated:
             capability=(9, 0), multiprocessors=blocks, shared_memory=SHARED_MEMORY, memory_rate=MEMORY_RATE
         )
         self.order, self.held = order, list[np.ndarray]()
+        self.captured: list[Any] | None = None
+        self.seconds = 0.0
         layers = [
             replace(layer, **{f.name: self._seen(getattr(layer, f.name)) for f in fields(layer)})
             for layer in model.layers
@@ -82,10 +87,24 @@ class Emulated:
 
     def launch(self, kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
         """As a stream."""
+        if self.captured is not None:
+            self.captured.append(((kernel, grid, *arguments), options))
+            return
         simt.launch(kernel, grid, *arguments, **options, order=self.order, others=self.held)
 
-    def synchronize(self) -> None:
-        """As a stream."""
+    @contextmanager
+    def capture(self) -> Iterator[list[Any]]:
+        """As a stream; of launches."""
+        self.captured = []
+        yield self.captured
+        self.captured = None
+
+    def time(self, programs: list[list[Any]]) -> list[float]:
+        """As a stream: each is faster than the one before."""
+        for launched, options in chain(*programs):
+            self.launch(*launched, **options)
+        self.seconds -= 1
+        return [self.seconds for _ in programs]
 
     def empty(self, shape: Any, dtype: Any) -> Array:
         """As a pool."""
@@ -99,8 +118,8 @@ class Emulated:
 
 
 @pytest.fixture(autouse=True)
-def _one_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emulator does not try places: its time says nothing."""
+def _as_it_comes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulator does not try arrangements: its time says nothing."""
     if "gpu" not in request.keywords:
         monkeypatch.setattr(sys.modules[TokenStep.__module__], "SMALL", 0)
 
@@ -247,18 +266,21 @@ def test_sequences_in_turn(
         np.testing.assert_allclose(keys_and_values, stored(expected.cache, theirs, length), atol=5e-3, rtol=2e-3)
 
 
-def test_what_was_computed_to_choose_a_place_is_forgotten(
+def test_what_was_computed_to_find_an_arrangement_is_forgotten(
     checkpoint_of: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a model with one layer, both places have numbers then whose tags would be right for the first step."""
-    for name, value in (("PLACES", 2), ("ROUNDS", 1), ("TRIED", 1)):
+    """Of a model with one layer, all places have numbers then whose tags would be right for the first step."""
+    for name, value in (("TRIES", 2), ("TRIED", 1), ("PLACES", 2), ("BEHIND", 0)):
         monkeypatch.setattr(sys.modules[TokenStep.__module__], name, value)
-    weights = source_weights(checkpoint_of("token_wide"), "int8", 64)
+    weights = source_weights(checkpoint_of("token_long"), "int8", 64)
     expected, actual = (build_model(operators("cpu"), weights, PAGE) for _ in range(2))
     theirs, mine = (model.cache.add_sequence() for model in (expected, actual))
     step = Emulated(actual, 3, 1).step
-    step.choose_place()
+    step.settle()
     assert not step.state.any()
+    blocks = step.shapes[:, SHAPES * SHAPE].tolist()
+    assert blocks != [0, 1, 2]
+    assert sorted(blocks) == [0, 1, 2]
     assert all((vector.view(np.int32) == -1).all() for vector in step.vectors)
     tokens, positions, rows = np.array([5], np.int32), np.array([0], np.int32), np.array([mine.row], np.int32)
     logits = np.full((1, weights.config.vocab_size), np.nan, np.float32)

@@ -481,6 +481,16 @@ def fetch_add(address, amount):
     """Adds and returns what stood there; orders this thread's memory accesses around it."""
 
 
+@instruction("atom.add.relaxed.gpu.global.u32 $0, [$1], $2;", i32, i64, i32)
+def add_at(address, amount):
+    """Adds and returns what stood there; orders nothing else."""
+
+
+@instruction("mov.u32 $0, %smid;", i32)
+def multiprocessor():
+    """The number of the one that runs this; after an interruption it may be another."""
+
+
 @instruction("mov.u32 $0, %clock;", i32)
 def clock():
     """The multiprocessor's cycles, modulo 2^32."""

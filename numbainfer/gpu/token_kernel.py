@@ -22,7 +22,7 @@ Steps with one token of int8 models; token_plan.py cuts a model's matrices for i
 from __future__ import annotations
 
 from numba import cuda
-from numpy import float32, int32, int64
+from numpy import float32, int32, int64, uint32
 
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
 from numbainfer.gpu.pipeline import (
@@ -35,6 +35,7 @@ from numbainfer.gpu.pipeline import (
 )
 from numbainfer.gpu.ptx import (
     LOG2_E,
+    add_at,
     address,
     as_int,
     exp2,
@@ -42,6 +43,7 @@ from numbainfer.gpu.ptx import (
     load_constant_f32,
     load_f32x4,
     load_i32,
+    multiprocessor,
     peek_i64,
     post_i32,
     post_i64,
@@ -69,6 +71,7 @@ from numbainfer.gpu.token_plan import (
     MLP_NORM,
     MULTIPLIED,
     NORM,
+    NUMBERS,
     OUTPUT_SHAPE,
     PAGES,
     QUANTIZED,
@@ -117,7 +120,8 @@ def _token(*numbers: int) -> Kernel:
     warps, threads, slots, copies = plan.warps, 32 * plan.warps, plan.slots, plan.copies
     values, norm_quads, norm_values, code_words = 4 * plan.quads, plan.norm_quads, 4 * plan.norm_quads, 8 * copies
     at_full, at_progress, at_copied, at_table = plan.full, plan.progress, plan.copied, plan.table
-    at_shapes, at_angles, at_squares, at_own, at_sums = plan.shapes, plan.angles, plan.squares, plan.own, plan.sums
+    at_shapes, at_role, at_angles, at_squares = plan.shapes, plan.role, plan.angles, plan.squares
+    at_own, at_sums = plan.own, plan.sums
     at_pages, at_position, at_before = plan.pages, plan.position, plan.before
     at_keys, at_factor, at_begun, at_page_numbers = plan.keys, plan.factor, plan.begun, plan.page_numbers
     shift = plan.group.bit_length() - 1
@@ -158,7 +162,7 @@ def _token(*numbers: int) -> Kernel:
     ):  # fmt: skip
         memory = shared_address(cuda.shared.array(0, int64, alignment=16))
         keys, block_keys = cuda.shared.array(32, int64), cuda.shared.array(32, int64)
-        thread, block, blocks = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
+        thread, blocks = int32(cuda.threadIdx.x), int32(cuda.gridDim.x)
         warp, lane = uniform(thread >> 5), int32(thread & 31)
 
         # All that comes from far at once: nothing else goes on meanwhile.
@@ -167,8 +171,24 @@ def _token(*numbers: int) -> Kernel:
         while i < (layers + 1) * COLUMNS:
             shared_store_i64(memory + at_table + 8 * i, table[i])
             i += threads
-        if thread < SHAPES * SHAPE:
-            shared_store_i32(int32(memory + at_shapes + 4 * thread), shapes[block * (SHAPES * SHAPE) + thread])
+        if warp == warps + 3:
+            # Which of the blocks this is goes by the multiprocessor: launches put blocks here or there. Each counts one
+            # launch in the state of the one that it is; where another has, it takes the next that is free.
+            row, taken = int32(uint32(multiprocessor()) % uint32(blocks)), True
+            low, high = int32(0), int32(0)
+            while taken:
+                low, high = shapes[row * NUMBERS + lane], shapes[row * NUMBERS + 32 + lane]
+                launches, others = address(state) + 4 * (2 + row), int32(0)
+                if lane == 0:
+                    others = int32(add_at(launches, int32(1)) - turn)
+                taken = uniform(others) != 0
+                if taken:
+                    if lane == 0:
+                        add_at(launches, int32(-1))
+                    row = int32(row + 1) if row + 1 < blocks else int32(0)
+            shared_store_i32(int32(memory + at_shapes + 4 * lane), low)
+            shared_store_i32(int32(memory + at_shapes + 4 * (32 + lane)), high)
+            shared_store_i32(int32(memory + at_role + 4 * lane), cuda.shfl_sync(0xFFFFFFFF, high, SHAPES * SHAPE - 32))
         if thread < warps:
             shared_store_i32(int32(memory + at_progress + 4 * thread), int32(0))
         pages = address(page_table) + 4 * int64(sequence) * pages_per_sequence
@@ -185,6 +205,7 @@ def _token(*numbers: int) -> Kernel:
         fence_for_copies()
         cuda.syncthreads()
         if warp >= warps:
+            block = uniform(shared_i32(int32(memory + at_role)))
             give_registers()
             if warp == warps:
                 copy_all(memory, layers, with_head, lane, block, heads, kv_heads, units_per_key, parts_shift)
@@ -212,13 +233,16 @@ def _token(*numbers: int) -> Kernel:
         words, word_scales = cuda.local.array(code_words, int32), cuda.local.array(copies, float32)
         layer = int32(0)
         step = int32(QKV)
+        # Each lane asks which block this is. What follows from a number that is the same for all, the compiler keeps in
+        # registers that warps share: then a token takes 1 to 3% longer.
+        at_block = int32(memory + at_role + 4 * lane)
         place = int32(int32(int32(warps - 1) - warp) * 32 + lane)  # the last warps have fewer rows: they post
         while True:
             row_of_table = int32(memory + at_table + 8 * COLUMNS * layer)
             if step == ATTENTION:
                 attend(
-                    memory, int32(row_of_table + 8 * K_PAGES), layer, block, thread, warp, lane, heads, kv_heads,
-                    scale, eps, parts_shift, address(qkv), address(mixed), address(part_values),
+                    memory, int32(row_of_table + 8 * K_PAGES), layer, shared_i32(at_block), thread, warp, lane,
+                    heads, kv_heads, scale, eps, parts_shift, address(qkv), address(mixed), address(part_values),
                     address(part_statistics),
                 )  # fmt: skip
                 step = int32(OUTPUT)
@@ -368,6 +392,7 @@ def _token(*numbers: int) -> Kernel:
             else:
                 step = int32(step + 1)
 
+        block = shared_i32(at_block)
         if with_head != 0 and address(history) != 0:
             choices, position = state[1], positions[0]  # block 0 changes them when all have posted theirs
             best, tag = largest_of_block(best, keys, warp, lane), choices & 3

@@ -38,6 +38,7 @@ BIAS, UP_BIAS, DOWN_BIAS, NORM, MLP_NORM = 10, 13, 14, 15, 16  # BIAS: of QKV, o
 K_PAGES, V_PAGES, Q_NORM, WINDOW, ROTATED = 17, 18, 19, 21, 22  # behind Q_NORM the keys' norm
 COLUMNS = 24
 SHAPE = 12  # numbers that a block keeps of each shape
+NUMBERS = 64  # of all shapes, then which of the blocks it is
 PAGES = 512  # of the page table that a block keeps: a multiple of 4
 
 
@@ -164,8 +165,13 @@ class Plan:
         return self.table + 8 * (self.layers + 1) * COLUMNS
 
     @property
+    def role(self) -> int:
+        """Which of the blocks it is, for each lane."""
+        return self.shapes + 4 * NUMBERS
+
+    @property
     def angles(self) -> int:
-        return self.shapes + 4 * SHAPE * SHAPES
+        return self.role + 128
 
     @property
     def squares(self) -> int:
