@@ -30,7 +30,7 @@ from simt_fragments import fragment_function
 from simt_instructions import INSTRUCTIONS, Cuda, wait_for_copies
 from simt_world import NUMBERS, Block, Pointer, Steps, Thread, Warp, World, now
 
-from numbainfer.gpu import pipeline, ptx
+from numbainfer.gpu import arithmetic, pipeline, ptx
 from numbainfer.gpu.compile import Kernel
 
 TIMEOUT = 300  # seconds of a launch
@@ -46,7 +46,7 @@ def _emulated(value: Any, made: dict[int, Any]) -> Any:
     if isinstance(value, type):
         return NUMBERS.get(value, value)
     name = getattr(value, "__name__", "")
-    if name in INSTRUCTIONS and value in (getattr(ptx, name, None), getattr(pipeline, name, None)):
+    if name in INSTRUCTIONS and value in [getattr(module, name, None) for module in (arithmetic, ptx, pipeline)]:
         return INSTRUCTIONS[name]
     codegen = value._defn.__globals__.get("codegen") if hasattr(value, "_defn") else None
     emitted = inspect.getclosurevars(codegen).nonlocals if codegen else {}

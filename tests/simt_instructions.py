@@ -1,4 +1,4 @@
-"""The instructions of ptx.py and pipeline.py, and what kernels take from numba.cuda, in Python: see simt.py."""
+"""The instructions of ptx.py, arithmetic.py, pipeline.py and numba.cuda that kernels take, in Python: see simt.py."""
 
 from __future__ import annotations
 
@@ -389,7 +389,7 @@ INSTRUCTIONS: dict[str, Callable] = {
     "shift_right": lambda a, n: int(a) >> int(n),
     "fetch_add": _fetch_add,
     "add_at": _fetch_add,
-    "multiprocessor": lambda: 5 * now.thread.block.index.x // 2,  # modulo how many there are, some are the same
+    "multiprocessor": lambda: 5 * now.thread.block.index.x // 2,  # modulo 3, 8 or 16 blocks, some are the same
     "wait_for_previous_kernel": lambda: None,
     "let_next_kernel_start": lambda: None,
     # pipeline.py

@@ -23,22 +23,24 @@ from typing import Any, NamedTuple
 from numba import cuda
 from numpy import float32, int32, int64
 
-from numbainfer.gpu.compile import device_function
-from numbainfer.gpu.ptx import (
-    address,
+from numbainfer.gpu.arithmetic import (
     exp2,
     halves_to_floats,
-    load_i32x4,
     multiply_16x8x16,
     pack_halves,
     permute,
     round_halves,
+    still,
+)
+from numbainfer.gpu.compile import device_function
+from numbainfer.gpu.ptx import (
+    address,
+    load_i32x4,
     shared_f32,
     shared_f32x4,
     shared_i32x4,
     shared_store_f32,
     shared_store_i32,
-    still,
 )
 from numbainfer.gpu.reduce import warp_max, warp_sum
 from numbainfer.gpu.rope import PAGE, PAGE_BITS, as_stored

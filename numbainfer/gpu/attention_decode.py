@@ -16,17 +16,15 @@ import numpy as np
 from numba import cuda
 from numpy import float32, int32, int64
 
+from numbainfer.gpu.arithmetic import LOG2_E, divide, exp2, still
 from numbainfer.gpu.attention_core import KEYS, MOST_PARTS, Layout, heads_together, make_core
 from numbainfer.gpu.compile import device_function, family, kernel
 from numbainfer.gpu.half_rows import HalfRows, half_index
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.ptx import (
-    LOG2_E,
     address,
     advance,
-    divide,
-    exp2,
     fetch_add,
     let_next_kernel_start,
     shared_address,
@@ -34,7 +32,6 @@ from numbainfer.gpu.ptx import (
     shared_i32,
     shared_store_f32,
     shared_store_i32,
-    still,
     wait_for_previous_kernel,
 )
 from numbainfer.gpu.reduce import warp_max, warp_sum

@@ -17,6 +17,7 @@ import numpy as np
 from numba import cuda
 from numpy import float32, int32, int64
 
+from numbainfer.gpu.arithmetic import LOG2_E, exp2, pack_halves
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
 from numbainfer.gpu.fragments import (
     as_left_matrix,
@@ -35,15 +36,12 @@ from numbainfer.gpu.memory import DeviceArray
 from numbainfer.gpu.pipeline import fence_for_copies
 from numbainfer.gpu.products import finished, multiply
 from numbainfer.gpu.ptx import (
-    LOG2_E,
     address,
     copy_async_16_or_zeros,
     copy_async_commit,
     copy_async_wait,
-    exp2,
     let_next_kernel_start,
     load_f32x2,
-    pack_halves,
     shared_address,
     shared_i32x4,
     shared_store_i32,

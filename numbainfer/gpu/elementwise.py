@@ -8,13 +8,14 @@ import numpy as np
 from numba import cuda
 from numpy import float32
 
+from numbainfer.gpu.arithmetic import half_to_float
 from numbainfer.gpu.compile import family, kernel
 from numbainfer.gpu.half_rows import BLOCK, SUM_FACTOR, HalfRows, to_halves
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.linear_int8 import HeldLinear
 from numbainfer.gpu.linear_mma import HeldProduct, HeldSum
 from numbainfer.gpu.memory import DeviceArray
-from numbainfer.gpu.ptx import advance, half_to_float, wait_for_previous_kernel
+from numbainfer.gpu.ptx import advance, wait_for_previous_kernel
 from numbainfer.gpu.quantize import HeldActivations, HeldRows, check_rows, quantize_rows
 from numbainfer.gpu.reduce import block_max, block_sum, element
 from numbainfer.quantization import Matrix, QuantizedMatrix, QuantizedRows

@@ -11,19 +11,11 @@ import numpy as np
 from numba import cuda
 from numpy import float32, int32, int64
 
+from numbainfer.gpu.arithmetic import dp4a, half_to_float
 from numbainfer.gpu.compile import device_function, family, kernel
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
-from numbainfer.gpu.ptx import (
-    address,
-    advance,
-    dp4a,
-    half_to_float,
-    load_constant_u16,
-    load_i32x4,
-    load_weights,
-    wait_for_previous_kernel,
-)
+from numbainfer.gpu.ptx import address, advance, load_constant_u16, load_i32x4, load_weights, wait_for_previous_kernel
 from numbainfer.gpu.quantize import as_codes, check_rows
 from numbainfer.gpu.reduce import element, warp_max, warp_sum
 from numbainfer.quantization import Matrix, QuantizedMatrix, QuantizedRows

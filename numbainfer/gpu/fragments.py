@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.cuda.extending import intrinsic
 
-from numbainfer.gpu.ptx import LOG2_E
+from numbainfer.gpu.arithmetic import LOG2_E
 
 i32, i64, f32 = types.int32, types.int64, types.float32
 INT, LONG, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()

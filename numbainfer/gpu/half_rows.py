@@ -24,19 +24,11 @@ import numpy as np
 from numba import cuda
 from numpy import float32, int32, int64
 
+from numbainfer.gpu.arithmetic import float_to_half, half_to_float, pack_halves
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
-from numbainfer.gpu.ptx import (
-    address,
-    float_to_half,
-    half_to_float,
-    let_next_kernel_start,
-    load_f32x4,
-    pack_halves,
-    store_i32x4,
-    wait_for_previous_kernel,
-)
+from numbainfer.gpu.ptx import address, let_next_kernel_start, load_f32x4, store_i32x4, wait_for_previous_kernel
 from numbainfer.gpu.reduce import block_sum
 from numbainfer.memory import MemoryPool
 from numbainfer.quantization import QuantizedRows

@@ -20,6 +20,7 @@ from numba import cuda
 from numpy import float32, int32, int64
 
 from numbainfer.errors import NumbaInferError
+from numbainfer.gpu.arithmetic import divide, dp4a, half_to_float, round_to_int
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
 from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.linear_mma import HeldProduct, HeldSum, linear_mma
@@ -30,13 +31,9 @@ from numbainfer.gpu.ptx import (
     copy_async_16,
     copy_async_commit,
     copy_async_wait,
-    divide,
-    dp4a,
-    half_to_float,
     let_next_kernel_start,
     load_f32x4,
     load_i32x4,
-    round_to_int,
     shared_address,
     shared_f32,
     shared_i32,

@@ -28,6 +28,7 @@ import math
 from numba import cuda
 from numpy import float32, int32, int64, uint32
 
+from numbainfer.gpu.arithmetic import still
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
 from numbainfer.gpu.fragments import add_spilled, scale_and_shift, scale_columns, spill, zeros
 from numbainfer.gpu.fragments import gated as gated_rows
@@ -61,7 +62,6 @@ from numbainfer.gpu.ptx import (
     shared_i32,
     shared_store_f32,
     shared_store_i32,
-    still,
     wait_for_previous_kernel,
 )
 from numbainfer.gpu.reduce import lanes_sum

@@ -12,17 +12,9 @@ from typing import Any
 
 from numpy import int32
 
+from numbainfer.gpu.arithmetic import as_float, double_half, multiply_halves, pack_halves, permute, subtract_halves
 from numbainfer.gpu.compile import device_function
-from numbainfer.gpu.ptx import (
-    as_float,
-    double_half,
-    load_constant_u16,
-    load_weights,
-    multiply_halves,
-    pack_halves,
-    permute,
-    subtract_halves,
-)
+from numbainfer.gpu.ptx import load_constant_u16, load_weights
 
 BLOCK = 64
 

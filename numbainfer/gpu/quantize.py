@@ -12,6 +12,7 @@ import numpy as np
 from numba import cuda
 from numpy import float32, int8, int32, int64, uint16
 
+from numbainfer.gpu.arithmetic import float_to_half, half_to_float, round_to_int
 from numbainfer.gpu.compile import device_function, family, kernel
 from numbainfer.gpu.half_rows import (
     HIDDEN_FACTOR,
@@ -23,15 +24,7 @@ from numbainfer.gpu.half_rows import (
 )
 from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.memory import DeviceArray
-from numbainfer.gpu.ptx import (
-    address,
-    advance,
-    fetch_add,
-    float_to_half,
-    half_to_float,
-    round_to_int,
-    wait_for_previous_kernel,
-)
+from numbainfer.gpu.ptx import address, advance, fetch_add, wait_for_previous_kernel
 from numbainfer.gpu.reduce import block_sum, element, warp_max, warp_sum
 from numbainfer.quantization import QuantizedMatrix, QuantizedRows
 

@@ -8,8 +8,8 @@ import numpy as np
 from numba import cuda
 from numpy import float32
 
+from numbainfer.gpu.arithmetic import bfloat_to_float, half_to_float
 from numbainfer.gpu.compile import device_function
-from numbainfer.gpu.ptx import bfloat_to_float, half_to_float
 
 
 @device_function

@@ -9,17 +9,11 @@ import numpy as np
 from numba import cuda
 from numpy import float32, int32, int64
 
+from numbainfer.gpu.arithmetic import float_to_half, half_to_float, still
 from numbainfer.gpu.compile import device_function, family, kernel
 from numbainfer.gpu.launch import Held, Stream
 from numbainfer.gpu.memory import DeviceArray
-from numbainfer.gpu.ptx import (
-    advance,
-    float_to_half,
-    half_to_float,
-    let_next_kernel_start,
-    still,
-    wait_for_previous_kernel,
-)
+from numbainfer.gpu.ptx import advance, let_next_kernel_start, wait_for_previous_kernel
 from numbainfer.gpu.reduce import warp_sum
 
 PAGE_BITS = 6

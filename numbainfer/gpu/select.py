@@ -9,18 +9,11 @@ import numpy as np
 from numba import cuda
 from numpy import int32, int64
 
+from numbainfer.gpu.arithmetic import as_float, as_int
 from numbainfer.gpu.compile import device_function, kernel
 from numbainfer.gpu.launch import Stream
 from numbainfer.gpu.memory import DeviceArray
-from numbainfer.gpu.ptx import (
-    address,
-    advance,
-    as_float,
-    as_int,
-    fetch_add,
-    let_next_kernel_start,
-    wait_for_previous_kernel,
-)
+from numbainfer.gpu.ptx import address, advance, fetch_add, let_next_kernel_start, wait_for_previous_kernel
 
 THREADS = 512
 SMALLEST = int64(-(2**63))

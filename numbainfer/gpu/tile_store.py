@@ -15,6 +15,7 @@ from typing import Any
 from numba import cuda
 from numpy import float32, int32, int64
 
+from numbainfer.gpu.arithmetic import pack_halves, still
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.fragments import halves_to_shared, to_shared
 from numbainfer.gpu.half_rows import BLOCK, squares_of
@@ -24,12 +25,10 @@ from numbainfer.gpu.ptx import (
     advance,
     load_f32,
     load_f32x4,
-    pack_halves,
     shared_f32,
     shared_f32x4,
     shared_i32x4,
     shared_store_f32x4,
-    still,
     store_f32,
     store_f32x4,
     store_i32,

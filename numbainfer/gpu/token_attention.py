@@ -14,10 +14,7 @@ from typing import Any
 from numba import cuda
 from numpy import float32, int32, int64, uint32
 
-from numbainfer.gpu.attention_core import KEYS, NOTHING, make_core, make_loads
-from numbainfer.gpu.compile import device_function
-from numbainfer.gpu.pipeline import barrier_wait, synchronize_threads
-from numbainfer.gpu.ptx import (
+from numbainfer.gpu.arithmetic import (
     LOG2_E,
     as_float,
     as_int,
@@ -25,14 +22,21 @@ from numbainfer.gpu.ptx import (
     exp2,
     float_to_half,
     half_to_float,
-    halves_at,
     inverse_root,
+    reciprocal,
+    shift_right,
+    warp_max_i32,
+)
+from numbainfer.gpu.attention_core import KEYS, NOTHING, make_core, make_loads
+from numbainfer.gpu.compile import device_function
+from numbainfer.gpu.pipeline import barrier_wait, synchronize_threads
+from numbainfer.gpu.ptx import (
+    halves_at,
     load_constant_f32,
     peek_i32,
     peek_i64,
     post_i32,
     post_i64,
-    reciprocal,
     shared_f32,
     shared_i32,
     shared_i32x4,
@@ -41,8 +45,6 @@ from numbainfer.gpu.ptx import (
     shared_store_f32,
     shared_store_i32,
     shared_store_u16,
-    shift_right,
-    warp_max_i32,
     words_at,
 )
 from numbainfer.gpu.reduce import warp_sum

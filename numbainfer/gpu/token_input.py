@@ -7,22 +7,20 @@ from typing import Any, NamedTuple
 from numba import cuda
 from numpy import float32, int32, int64
 
-from numbainfer.gpu.compile import device_function
-from numbainfer.gpu.pipeline import synchronize_threads
-from numbainfer.gpu.ptx import (
+from numbainfer.gpu.arithmetic import (
     as_float,
     as_int,
     exp2,
     half_to_float,
     larger,
-    peek_i32x4,
     permute,
     reciprocal,
-    shared_store_f32,
-    shared_store_i32,
     shift_right,
     warp_max_u32,
 )
+from numbainfer.gpu.compile import device_function
+from numbainfer.gpu.pipeline import synchronize_threads
+from numbainfer.gpu.ptx import peek_i32x4, shared_store_f32, shared_store_i32
 from numbainfer.gpu.quantize import TINY, TOP
 from numbainfer.gpu.token_plan import AREAS, ARRIVED, Plan
 

@@ -24,6 +24,16 @@ from __future__ import annotations
 from numba import cuda
 from numpy import float32, int32, int64, uint32
 
+from numbainfer.gpu.arithmetic import (
+    LOG2_E,
+    as_int,
+    exp2,
+    half_to_float,
+    reciprocal,
+    shift_right,
+    warp_max_i32,
+    warp_max_u32,
+)
 from numbainfer.gpu.compile import Kernel, device_function, family, kernel
 from numbainfer.gpu.pipeline import (
     arrive_threads,
@@ -34,12 +44,8 @@ from numbainfer.gpu.pipeline import (
     synchronize_threads,
 )
 from numbainfer.gpu.ptx import (
-    LOG2_E,
     add_at,
     address,
-    as_int,
-    exp2,
-    half_to_float,
     load_constant_f32,
     load_f32x4,
     load_i32,
@@ -47,7 +53,6 @@ from numbainfer.gpu.ptx import (
     peek_i64,
     post_i32,
     post_i64,
-    reciprocal,
     shared_address,
     shared_f32,
     shared_i32,
@@ -56,9 +61,6 @@ from numbainfer.gpu.ptx import (
     shared_store_f32,
     shared_store_i32,
     shared_store_i64,
-    shift_right,
-    warp_max_i32,
-    warp_max_u32,
 )
 from numbainfer.gpu.select import SMALLEST, key_index, make_key
 from numbainfer.gpu.token_attention import make_attention
@@ -75,8 +77,8 @@ from numbainfer.gpu.token_plan import (
     OUTPUT_SHAPE,
     PAGES,
     QUANTIZED,
+    ROLE,
     SHAPE,
-    SHAPES,
     UP_BIAS,
     Plan,
 )
@@ -173,22 +175,23 @@ def _token(*numbers: int) -> Kernel:
             i += threads
         if warp == warps + 3:
             # Which of the blocks this is goes by the multiprocessor: launches put blocks here or there. Each counts one
-            # launch in the state of the one that it is; where another has, it takes the next that is free.
-            row, taken = int32(uint32(multiprocessor()) % uint32(blocks)), True
-            low, high = int32(0), int32(0)
-            while taken:
+            # launch of its row. The first to do so finds as many as there were launches, and the row is its own; others
+            # take their count back and try the next row (two blocks that see one number, more multiprocessors than
+            # blocks). By adding, not by comparing too: that had to wait until it is known how many launches there were.
+            row = int32(uint32(uniform(multiprocessor())) % uint32(blocks))
+            while True:
                 low, high = shapes[row * NUMBERS + lane], shapes[row * NUMBERS + 32 + lane]
                 launches, others = address(state) + 4 * (2 + row), int32(0)
                 if lane == 0:
                     others = int32(add_at(launches, int32(1)) - turn)
-                taken = uniform(others) != 0
-                if taken:
-                    if lane == 0:
-                        add_at(launches, int32(-1))
-                    row = int32(row + 1) if row + 1 < blocks else int32(0)
+                if uniform(others) == 0:
+                    break
+                if lane == 0:
+                    add_at(launches, int32(-1))
+                row = int32(row + 1) if row + 1 < blocks else int32(0)
             shared_store_i32(int32(memory + at_shapes + 4 * lane), low)
             shared_store_i32(int32(memory + at_shapes + 4 * (32 + lane)), high)
-            shared_store_i32(int32(memory + at_role + 4 * lane), cuda.shfl_sync(0xFFFFFFFF, high, SHAPES * SHAPE - 32))
+            shared_store_i32(int32(memory + at_role + 4 * lane), cuda.shfl_sync(0xFFFFFFFF, high, ROLE - 32))
         if thread < warps:
             shared_store_i32(int32(memory + at_progress + 4 * thread), int32(0))
         pages = address(page_table) + 4 * int64(sequence) * pages_per_sequence
@@ -233,8 +236,8 @@ def _token(*numbers: int) -> Kernel:
         words, word_scales = cuda.local.array(code_words, int32), cuda.local.array(copies, float32)
         layer = int32(0)
         step = int32(QKV)
-        # Each lane asks which block this is. What follows from a number that is the same for all, the compiler keeps in
-        # registers that warps share: then a token takes 1 to 3% longer.
+        # Each lane asks which block this is. What follows from a number that the compiler sees to be the same for all,
+        # it keeps in registers that a warp's lanes share: then a token takes 1 to 3% longer.
         at_block = int32(memory + at_role + 4 * lane)
         place = int32(int32(int32(warps - 1) - warp) * 32 + lane)  # the last warps have fewer rows: they post
         while True:

@@ -38,7 +38,8 @@ BIAS, UP_BIAS, DOWN_BIAS, NORM, MLP_NORM = 10, 13, 14, 15, 16  # BIAS: of QKV, o
 K_PAGES, V_PAGES, Q_NORM, WINDOW, ROTATED = 17, 18, 19, 21, 22  # behind Q_NORM the keys' norm
 COLUMNS = 24
 SHAPE = 12  # numbers that a block keeps of each shape
-NUMBERS = 64  # of all shapes, then which of the blocks it is
+ROLE = SHAPES * SHAPE  # behind those of all shapes: which of the blocks it is
+NUMBERS = 64  # two for each lane
 PAGES = 512  # of the page table that a block keeps: a multiple of 4
 
 

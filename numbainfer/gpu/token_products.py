@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 from numba import cuda
 from numpy import float32, int32, uint16
 
+from numbainfer.gpu.arithmetic import dp4a, half_to_float, shift_right
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.pipeline import barrier_passed, barrier_wait
 from numbainfer.gpu.ptx import (
-    dp4a,
-    half_to_float,
     shared_f32,
     shared_i32,
     shared_i32x4,
@@ -25,7 +24,6 @@ from numbainfer.gpu.ptx import (
     shared_store_i32,
     shared_store_i32x4,
     shared_u16,
-    shift_right,
 )
 from numbainfer.gpu.token_plan import AT_ONCE, ENTRIES, Plan
 from numbainfer.gpu.token_weights import make_in_ring

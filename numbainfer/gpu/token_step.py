@@ -16,6 +16,7 @@ from numbainfer.gpu.token_plan import (
     ENTRIES,
     NORM,
     NUMBERS,
+    ROLE,
     WARPS,
     Plan,
     Shape,
@@ -31,10 +32,10 @@ RESERVED = 1 << 10  # bytes of a block's shared memory that are not the plan's
 # How fast a small model is depends, by 2 to 3% each, on which multiprocessor is which block, and on where the vectors
 # are that blocks exchange. What is near to what, and which addresses are in one part of the second-level cache, is
 # nothing that one can ask. So TRIES arrangements are timed, of TRIED tokens behind a text of BEHIND: each differs from
-# the fastest so far in the place of a vector, of PLACES in memory, or in up to SOME blocks. With SMALL bytes of weights
-# that takes half a second; with more it hardly matters.
-TRIES, PLACES, SOME = 160, 16, 40
-TRIED, BEHIND = 8, 128
+# the fastest so far in the place of a vector, of PLACES in memory, or in up to SOME blocks. On an H200 that takes half
+# a second (0.5B and 1B); with more than SMALL bytes of weights it hardly matters.
+TRIES, PLACES, SOME, RETIMED = 160, 16, 40, 16
+TRIED, BEHIND = 8, 192
 SMALL = 2 << 30
 ALIGNED = 64  # numbers; 256 bytes
 
@@ -54,12 +55,14 @@ class TokenStep:
         self.parts_shift = min(MOST_PARTS, max(1, blocks // self.units)).bit_length() - 1
         parts = self.units << self.parts_shift
         self.table = self._put(_table(model))
-        self.numbers = np.zeros((blocks, NUMBERS), np.int32)
-        shares = np.stack([block_shares(shape, blocks, plan.slot_codes) for shape in shapes], axis=1)
-        self.numbers[:, : shares[0].size], self.numbers[:, shares[0].size] = shares.reshape(blocks, -1), range(blocks)
-        self.shapes = self._put(self.numbers)
+        # A row for each multiprocessor, of the block that it is.
+        self.rows = np.zeros((blocks, NUMBERS), np.int32)
+        self.rows[:, :ROLE] = np.hstack([block_shares(shape, blocks, plan.slot_codes) for shape in shapes])
+        self.rows[:, ROLE] = np.arange(blocks)
+        self.shapes = self._put(self.rows)
         self.part_values = self._put(np.zeros(parts * plan.shared * plan.head_dim, np.int64))
         self.part_statistics = self._put(np.zeros(parts * plan.shared * 2, np.int64))
+        # How many launches and choices of a token there were, and launches of each row of `shapes`.
         self.state, self.best = self._put(np.zeros(2 + blocks, np.int32)), self._put(np.full(blocks, -1, np.int64))
         # What blocks exchange: x, qkv, mixed, inner.
         self.sizes = config.hidden_size, shapes[0].pairs, AREAS * (plan.mixed + 2 * config.heads), shapes[3].width
@@ -80,22 +83,25 @@ class TokenStep:
         return self.places[first : first + self.sizes[vector]]
 
     def _arrange(self, order: np.ndarray, places: list[int]) -> None:
-        """Which block each multiprocessor is, and where each vector is, as if nothing had been computed yet. (What else
-        a step leaves behind, parts of long texts and the choice of a token, none that `settle` tries does.)"""
-        self.shapes[...] = self.numbers[order]
+        """Which block each multiprocessor is, and where each vector is, as if nothing had been computed yet."""
+        self.shapes[...] = self.rows[order]
         self.vectors = [self._place(vector, place) for vector, place in enumerate(places)]
         for vector in self.vectors:  # no number's tag is right before the first is written: the first tag is 0
             vector[...] = np.full(vector.shape, -1, np.int32).view(np.float32)
-        self.state[...] = 0
+        self.part_values[...] = self.part_statistics[...] = self.state[...] = 0
+        self.best[...] = np.full(self.best.shape, -1, np.int64)
 
-    def settle(self) -> None:
-        """Finds a fast arrangement by trying. Before the first step: it writes to the cache."""
+    def find_arrangement(self) -> None:
+        """Takes a fast one. Before the first step: what is tried writes to the cache."""
         generator, order, places = np.random.default_rng(0), np.arange(self.blocks), [0] * len(self.sizes)
         fastest = self._seconds(order, places)
         for i in range(TRIES):
+            if i % RETIMED == 0:  # the first time is that of a GPU that was idle; a later one may have been luck
+                fastest = self._seconds(order, places)
             new_order, new_places = order.copy(), list(places)
             if i % 3 == 0:
-                new_places[i // 3 % len(places)] = int(generator.integers(PLACES))
+                vector = i // 3 % len(places)
+                new_places[vector] = int(places[vector] + generator.integers(1, PLACES)) % PLACES
             else:
                 some = generator.permutation(self.blocks)[: max(2, SOME * (TRIES - i) // TRIES)]
                 new_order[some] = np.roll(new_order[some], 1)
@@ -105,7 +111,7 @@ class TokenStep:
         self._arrange(order, places)
 
     def _seconds(self, order: np.ndarray, places: list[int]) -> float:
-        """That TRIED tokens take."""
+        """That TRIED tokens take, without the head."""
         self._arrange(order, places)
         nothing, positions = self.pool.zeros(1, np.int32), self.pool.empty(1, np.int32)
         positions[...] = min(BEHIND, self.cos.shape[0] - 1)
@@ -228,7 +234,7 @@ def token_step(stream: Stream, pool: MemoryPool, model: Any) -> TokenStep | None
         return None
     step = TokenStep(stream, pool, plan, blocks, shapes, model)
     if sum(matrix.codes.size for matrix in (*matrices[:-2], model.head)) < SMALL:
-        step.settle()
+        step.find_arrangement()
     return step
 
 

@@ -12,18 +12,10 @@ from typing import Any
 from numba import cuda
 from numpy import float32, int32, uint32
 
+from numbainfer.gpu.arithmetic import divide, inverse_root, shift_right
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.pipeline import synchronize_threads
-from numbainfer.gpu.ptx import (
-    divide,
-    inverse_root,
-    peek_i32,
-    shared_f32,
-    shared_i32,
-    shared_store_f32,
-    shared_store_i32x4,
-    shift_right,
-)
+from numbainfer.gpu.ptx import peek_i32, shared_f32, shared_i32, shared_store_f32, shared_store_i32x4
 from numbainfer.gpu.reduce import warp_sum
 from numbainfer.gpu.token_plan import (
     ARRIVED,

@@ -16,20 +16,11 @@ from typing import Any, NamedTuple
 from numba import cuda
 from numpy import int32, int64, uint32
 
+from numbainfer.gpu.arithmetic import divide, shift_right
 from numbainfer.gpu.attention_core import KEYS
 from numbainfer.gpu.compile import device_function
 from numbainfer.gpu.pipeline import barrier_wait, copy_bulk, expect_bytes, prefetch_bulk
-from numbainfer.gpu.ptx import (
-    clock,
-    divide,
-    load_i32,
-    shared_i32,
-    shared_i32x4,
-    shared_i64,
-    shared_peek_i32,
-    shared_store_i32,
-    shift_right,
-)
+from numbainfer.gpu.ptx import clock, load_i32, shared_i32, shared_i32x4, shared_i64, shared_peek_i32, shared_store_i32
 from numbainfer.gpu.rope import PAGE, PAGE_BITS
 from numbainfer.gpu.token_plan import (
     AREAS,
