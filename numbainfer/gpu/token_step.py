@@ -32,8 +32,8 @@ RESERVED = 1 << 10  # bytes of a block's shared memory that are not the plan's
 # How fast a small model is depends, by 2 to 3% each, on which multiprocessor is which block, and on where the vectors
 # are that blocks exchange. What is near to what, and which addresses are in one part of the second-level cache, is
 # nothing that one can ask. So TRIES arrangements are timed, of TRIED tokens behind a text of BEHIND: each differs from
-# the fastest so far in the place of a vector, of PLACES in memory, or in up to SOME blocks. On an H200 that takes half
-# a second (0.5B and 1B); with more than SMALL bytes of weights it hardly matters.
+# the fastest so far in the place of a vector, of PLACES in memory, or in up to SOME blocks. On an H200 that takes
+# 0.5 to 0.8 s (0.5B and 1B); with more than SMALL bytes of weights it hardly matters.
 TRIES, PLACES, SOME, RETIMED = 160, 16, 40, 16
 TRIED, BEHIND = 8, 192
 SMALL = 2 << 30
