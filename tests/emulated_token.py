@@ -42,8 +42,9 @@ class Emulated:
         cache = SimpleNamespace(k_pages=k_pages, v_pages=v_pages, page_table=model.cache.page_table)
         others = {name: self._seen(getattr(model, name)) for name in ("embedding", "head", "norm", "cos", "sin")}
         seen = SimpleNamespace(config=model.config, layers=layers, cache=cache, **others)
+        both: Any = self
         with patch.object(sys.modules[TokenStep.__module__], "SMALL", 0):  # finds no arrangement: that takes long
-            made = token_step(self, self, seen)  # type: ignore[arg-type]
+            made = token_step(both, both, seen)
         assert isinstance(made, TokenStep)
         self.step = made
 

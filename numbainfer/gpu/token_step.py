@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -54,33 +55,33 @@ class TokenStep:
         self.units = config.heads // plan.shared
         self.parts_shift = min(MOST_PARTS, max(1, blocks // self.units)).bit_length() - 1
         parts = self.units << self.parts_shift
-        self.table = self._put(_table(model))
-        # A row for each multiprocessor, of the block that it is.
+        table = _table(model)
+        self.table = self._new(table.shape, table.dtype)
+        self.table[...] = table
+        # Of each block what it has; `shapes` has them by multiprocessors.
         self.rows = np.zeros((blocks, NUMBERS), np.int32)
         self.rows[:, :ROLE] = np.hstack([block_shares(shape, blocks, plan.slot_codes) for shape in shapes])
         self.rows[:, ROLE] = np.arange(blocks)
-        self.shapes = self._put(self.rows)
-        self.part_values = self._put(np.zeros(parts * plan.shared * plan.head_dim, np.int64))
-        self.part_statistics = self._put(np.zeros(parts * plan.shared * 2, np.int64))
+        self.shapes = self._new(self.rows.shape, np.int32)
+        self.part_values = self._new(parts * plan.shared * plan.head_dim, np.int64)
+        self.part_statistics = self._new(parts * plan.shared * 2, np.int64)
         # How many launches and choices of a token there were, and launches of each row of `shapes`.
-        self.state, self.best = self._put(np.zeros(2 + blocks, np.int32)), self._put(np.full(blocks, -1, np.int64))
+        self.state, self.best = self._new(2 + blocks, np.int32), self._new(blocks, np.int64)
         # What blocks exchange: x, qkv, mixed, inner.
         self.sizes = config.hidden_size, shapes[0].pairs, AREAS * (plan.mixed + 2 * config.heads), shapes[3].width
-        self.places = self.pool.empty(PLACES * sum(map(_aligned, self.sizes)), np.float32)
-        self.held.append(self.places)
+        self.starts = [0, *accumulate(-(-size // ALIGNED) * ALIGNED for size in self.sizes)]
+        self.places = self._new((PLACES, self.starts[-1]), np.float32)
         self._arrange(np.arange(blocks), [0] * len(self.sizes))
 
-    def _put(self, host: np.ndarray) -> DeviceArray:
-        array = self.pool.empty(host.shape, host.dtype)
-        array[...] = host
+    def _new(self, shape: int | tuple[int, ...], dtype: Any) -> DeviceArray:
+        array = self.pool.empty(shape, dtype)
         self.held.append(array)
         return array
 
     def _place(self, vector: int, place: int) -> DeviceArray:
         """One of the places for one of the vectors."""
-        aligned = list(map(_aligned, self.sizes))
-        first = place * sum(aligned) + sum(aligned[:vector])
-        return self.places[first : first + self.sizes[vector]]
+        start = self.starts[vector]
+        return self.places[place, start : start + self.sizes[vector]]
 
     def _arrange(self, order: np.ndarray, places: list[int]) -> None:
         """Which block each multiprocessor is, and where each vector is, as if nothing had been computed yet."""
@@ -146,11 +147,6 @@ class TokenStep:
         """Gives its memory back to the pool."""
         for array in self.held:
             self.pool.release(array)
-
-
-def _aligned(size: int) -> int:
-    """So many numbers, up to a multiple of ALIGNED."""
-    return -(-size // ALIGNED) * ALIGNED
 
 
 def block_shares(shape: Shape, blocks: int, slot_codes: int) -> np.ndarray:
@@ -233,7 +229,7 @@ def token_step(stream: Stream, pool: MemoryPool, model: Any) -> TokenStep | None
     if plan is None or not _fits(plan, blocks, shapes, layers[0], config.heads // shared):
         return None
     step = TokenStep(stream, pool, plan, blocks, shapes, model)
-    if sum(matrix.codes.size for matrix in (*matrices[:-2], model.head)) < SMALL:
+    if model.head.codes.size + sum(matrix.codes.size for row in of_layers for matrix in row) < SMALL:
         step.find_arrangement()
     return step
 

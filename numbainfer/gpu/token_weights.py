@@ -98,7 +98,7 @@ def make_movers(plan: Plan) -> Movers:
     at_position = plan.position
     shift, share = plan.group.bit_length() - 1, make_share(plan.warps, plan.shared)
     half_chunk, halves, row = plan.chunk // 2, plan.halves, 2 * plan.head_dim
-    at_once = 32 // halves * halves  # halves whose places lanes find together
+    found = 32 // halves * halves  # halves whose places lanes find together
 
     @device_function
     def copy(memory, number, lane, source, size, to, total):
@@ -164,13 +164,13 @@ def make_movers(plan: Plan) -> Movers:
                         page = load_i32(shared_i64(int32(memory + at_pages)) + 4 * page)
                     in_page = int32(key & int32(PAGE - 1))
                     source = pages + int64(int32(page * kv_heads + g)) * (PAGE * row) + int32(in_page * row)
-                first, end = int32(0), min(int32(at_once), int32(count - half))
+                first, end = int32(0), min(int32(found), int32(count - half))
                 while first < end:
                     of_slot, some = int32(lane - first), min(int32(halves), int32(end - first))
                     size = int32(half_chunk) if 0 <= of_slot < some else int32(0)
                     visit(memory, number, lane, source, size, int32(half_chunk * of_slot), int32(half_chunk * some))
                     first, number = int32(first + halves), int32(number + 1)
-                half = int32(half + at_once)
+                half = int32(half + found)
             return number
 
         @device_function
